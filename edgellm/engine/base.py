@@ -1,0 +1,120 @@
+"""What a stage engine is: hidden rows (or token ids) in, hidden rows (or logits) out.
+
+This file may not import any engine. An engine knows nothing of sequences' meaning, of plans or
+of the wire: it decodes rows into numbered *slots* of its KV memory. What is the same for every
+engine (positions, slots, sampling, figures) is in ``runner.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.types import EngineSettings, LayerSpan
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """All that a stage process needs to know to load its engine."""
+
+    engine: str
+    """Which engine: a key of the table in ``stage_main``."""
+    span: LayerSpan
+    layers: int
+    """Layers of the whole model; says whether this stage is the first or the last."""
+    width: int
+    """Floats in a hidden row, as the model card says."""
+    vocab: int
+    settings: EngineSettings
+    shard: str = ""
+    """Path of the GGUF that holds the span's layers, renumbered from 0."""
+    embedding: str = ""
+    """Path of the GGUF that holds ``token_embd.weight``; first stage of several only."""
+    residual: str = "l_out"
+    """Name of the graph node that carries the residual stream after a layer."""
+    embedding_scale: float = 1.0
+    """What the architecture multiplies embedding rows by, as float32."""
+
+    @property
+    def first(self) -> bool:
+        return self.span.first == 0
+
+    @property
+    def last(self) -> bool:
+        return self.span.end == self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRow:
+    """``count`` consecutive tokens of one slot, the first at ``position``."""
+
+    slot: int
+    position: int
+    count: int
+    output: bool
+    """At the last stage: give the logits of the last of these tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What one decode gave. Exactly one of the two is there, by the kind of stage.
+
+    ``hidden``: float32 [tokens, width], rows in the order they were asked for (not last stage).
+    ``logits``: float32 [rows with output, vocabulary], in that order too (last stage). It may be
+    a view of the engine's memory, valid until the next decode.
+    """
+
+    hidden: Float32 | None
+    logits: Float32 | None
+
+
+class StageEngine(Protocol):
+    """One span of layers, loaded. Single threaded: one call at a time."""
+
+    @property
+    def width(self) -> int:
+        """Floats in one hidden row."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits in one output row; meaningful at the last stage only."""
+
+    @property
+    def joint(self) -> str:
+        """Which rows may share one decode call: ``"any"``, ``"equal"`` (equal counts), ``"none"``."""
+
+    @property
+    def native_seconds(self) -> float:
+        """Seconds spent inside the engine's own compute call so far."""
+
+    def decode(
+        self, rows: Sequence[SlotRow], tokens: Int32 | None, hidden: Float32 | None
+    ) -> Decoded:
+        """Run ``rows`` in one call, appending to their slots' KV.
+
+        ``tokens`` int32 [sum of counts] at the first stage, ``hidden`` float32 [sum, width]
+        elsewhere; the caller has checked shapes, slots and positions.
+        Raises StageError when the engine refuses (out of KV cells, failed computation).
+        """
+
+    def clear(self, slot: int) -> None:
+        """Forget everything that a slot holds."""
+
+    def close(self) -> None:
+        """Free the engine's memory; the object is dead afterwards."""
+
+
+class Sampler(Protocol):
+    """Picks one token from one row of logits; see ``sampling.py``."""
+
+    def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
+        """``logits`` float32 [vocabulary], read only; ``history`` all tokens before ``position``."""
+
+    def close(self) -> None: ...

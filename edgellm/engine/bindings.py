@@ -1,0 +1,105 @@
+"""The few native calls that edgellm makes beside plain llama.cpp ones, and safe access to them.
+
+Only engine code in a child process imports this file: it loads the native library.
+``llama()`` is llama-cpp-python's ctypes module; ``ggml()`` adds the ggml functions that it
+does not bind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from edgellm.engine.childside import import_llama_bindings
+from edgellm.errors import StageError
+
+
+class TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block_size", ctypes.c_int64),
+        ("block_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+"""``void to_float(const void * quantised, float * out, int64_t elements)``"""
+
+
+def llama() -> Any:
+    """llama-cpp-python's low-level module; raises StageError with the fix when it is missing."""
+    return import_llama_bindings()
+
+
+@functools.cache
+def ggml() -> Any:
+    """libggml-base with the signatures that edgellm uses."""
+    bindings = llama()
+    from llama_cpp import _ggml  # noqa: PLC0415 - only after the bindings are importable
+
+    library = _load_base(_ggml.libggml_base_path) or bindings._lib
+    try:
+        library.ggml_get_name.restype = ctypes.c_char_p
+        library.ggml_get_name.argtypes = [ctypes.c_void_p]
+        library.ggml_nelements.restype = ctypes.c_int64
+        library.ggml_nelements.argtypes = [ctypes.c_void_p]
+        library.ggml_backend_tensor_get.restype = None
+        library.ggml_backend_tensor_get.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+        ]
+        library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
+        library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    except AttributeError as error:
+        raise StageError(
+            f"the installed llama.cpp library lacks a function that edgellm needs ({error}).",
+            hint="Reinstall with: pip install --force-reinstall 'edgellm[llama]'",
+        ) from error
+    return library
+
+
+def _load_base(folder: Any) -> Any:
+    for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+        path = folder / name
+        if path.exists():
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def set_fields(structure: ctypes.Structure, **values: Any) -> None:
+    """Set fields of a ctypes structure, refusing names it does not have.
+
+    ctypes silently accepts a misspelt or removed field as a plain Python attribute, so that a
+    setting would be ignored without a word.
+    """
+    known = {field[0] for field in structure._fields_}
+    for name, value in values.items():
+        if name not in known:
+            raise StageError(
+                f"llama-cpp-python has no field {name!r} in {type(structure).__name__}.",
+                hint="This version of edgellm needs llama-cpp-python 0.3.36 or a compatible one.",
+            )
+        setattr(structure, name, value)
+
+
+KV_TYPE_IDS = {
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "iq4_nl": 20,
+    "bf16": 30,
+}
+"""``enum ggml_type`` of the KV types in ``types.KV_TYPES``."""

@@ -1,0 +1,404 @@
+"""A killable helper process that speaks bytes over pipes: the node's side.
+
+Native code and code that comes with model files run in such a child, so that a crash, a
+hang or a memory bomb costs a child and never the node. This file knows nothing of what the
+bytes mean. It starts no thread: pipes and the end of the process are watched by the event
+loop (POSIX only). The other end of the pipes is ``childside.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Self
+
+from edgellm.engine.childexit import ChildExit, describe_exit
+from edgellm.engine.childside import (
+    MEMORY_LIMIT_VARIABLE,
+    PARENT_VARIABLE,
+    Buffer,
+    byte_views,
+    write_some,
+)
+from edgellm.errors import StageError
+
+PIPE_BYTES = 1 << 20
+"""Kernel buffer asked for on each pipe, so that a prefill chunk passes in few switches."""
+READ_CHUNK = 1 << 16
+READ_LIMIT = 8 << 20
+"""Bytes held unread before the child is made to wait."""
+WRITE_LIMIT = 4 << 20
+"""Bytes held unwritten before ``drain`` waits."""
+STDERR_LINES = 64
+STDERR_LINE_CHARACTERS = 500
+_POLL_SECONDS = 0.02
+
+
+class Child:
+    """One helper process. Make it with ``Child.start``; end it with ``stop`` (or ``async with``).
+
+    One task may read and one may write at a time. Not for several event loops.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        self.name = name
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        stdout, stderr = _take_descriptor(process.stdout), _take_descriptor(process.stderr)
+        self._stdin: int | None = _take_descriptor(process.stdin)
+        self._stdout: int | None = stdout
+        self._stderr: int | None = stderr
+        self._chunks: deque[bytes] = deque()
+        self._held = 0
+        self._eof = False
+        self._paused = False
+        self._reader: asyncio.Future[None] | None = None
+        self._backlog: deque[memoryview] = deque()
+        self._backlog_bytes = 0
+        self._writer: asyncio.Future[None] | None = None
+        self._stderr_ring: deque[str] = deque(maxlen=STDERR_LINES)
+        self._stderr_partial = b""
+        self._stopping = False
+        self._exited: asyncio.Future[ChildExit] = self._loop.create_future()
+        self._pidfd: int | None = None
+        self._loop.add_reader(stdout, self._on_stdout)
+        self._loop.add_reader(stderr, self._on_stderr)
+        self._watch_exit()
+
+    @classmethod
+    async def start(
+        cls,
+        module: str,
+        *,
+        name: str,
+        arguments: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        memory_limit: int | None = None,
+    ) -> Child:
+        """Run ``python -m module arguments...`` in a process of its own.
+
+        ``environment`` is added to this process's own. ``memory_limit`` (bytes) caps the
+        child's address space; the child applies it in ``childside.open_channel``.
+        Raises StageError where the process cannot be started.
+        """
+        variables = _environment(environment or {})
+        if memory_limit is not None:
+            variables[MEMORY_LIMIT_VARIABLE] = str(memory_limit)
+        try:
+            # Starting takes a millisecond; asyncio's own subprocesses would need a thread to
+            # notice their end.
+            process = subprocess.Popen(  # noqa: ASYNC220
+                # -P: a file in the working directory must not shadow a module.
+                [sys.executable, "-P", "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=variables,
+            )
+        except OSError as error:
+            raise StageError(f"{name} could not be started: {error.strerror}.") from error
+        try:
+            return cls(name, process)
+        except OSError as error:  # no file descriptors left
+            process.kill()
+            process.wait()
+            raise StageError(f"{name} could not be started: {error.strerror}.") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit(self) -> ChildExit | None:
+        """How the child ended, or None while it runs."""
+        return self._exited.result() if self._exited.done() else None
+
+    @property
+    def stderr_lines(self) -> tuple[str, ...]:
+        """The last lines the child wrote to standard error, oldest first."""
+        return tuple(self._stderr_ring)
+
+    # --- reading ----------------------------------------------------------------------
+
+    async def read(self, n: int = 1 << 18) -> bytes:
+        """At least one byte and at most ``n`` of what the child wrote; ``b""`` at its end."""
+        while not self._held:
+            if self._eof:
+                return b""
+            if self._reader is not None:
+                raise RuntimeError("two tasks read from one child")
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        data = self._take(n)
+        if self._paused and self._held < READ_LIMIT // 2 and self._stdout is not None:
+            self._paused = False
+            self._loop.add_reader(self._stdout, self._on_stdout)
+        return data
+
+    def _take(self, n: int) -> bytes:
+        """Up to ``n`` held bytes; without a copy in the common case of one short chunk."""
+        taken: list[bytes] = []
+        left = n
+        while left and self._chunks:
+            chunk = self._chunks.popleft()
+            if len(chunk) > left:
+                self._chunks.appendleft(chunk[left:])
+                chunk = chunk[:left]
+            taken.append(chunk)
+            left -= len(chunk)
+        self._held -= n - left
+        return taken[0] if len(taken) == 1 else b"".join(taken)
+
+    def _on_stdout(self) -> None:
+        # Until the pipe is empty, so that a large frame wakes its reader once.
+        self._pull_stdout(READ_LIMIT)
+        if self._held >= READ_LIMIT and self._stdout is not None:
+            self._paused = True
+            self._loop.remove_reader(self._stdout)
+        _wake(self._reader)
+
+    def _pull_stdout(self, limit: int) -> None:
+        while self._stdout is not None and self._held < limit:
+            data = _read_available(self._stdout)
+            if data is None:
+                return
+            if not data:
+                self._close_stdout()
+                return
+            self._chunks.append(data)
+            self._held += len(data)
+
+    def _close_stdout(self) -> None:
+        self._release(self._stdout)
+        self._stdout = None
+        self._eof = True
+        _wake(self._reader)
+
+    def _on_stderr(self) -> None:
+        if self._stderr is None:
+            return
+        data = _read_available(self._stderr)
+        if data is None:
+            return
+        if not data:
+            self._release(self._stderr)
+            self._stderr = None
+            self._push_stderr(b"\n" if self._stderr_partial else b"")
+            return
+        self._push_stderr(data)
+
+    def _push_stderr(self, data: bytes) -> None:
+        *lines, partial = (self._stderr_partial + data).split(b"\n")
+        # 4 bytes hold any character, so a cut line keeps its full number of characters.
+        self._stderr_partial = partial[: 4 * STDERR_LINE_CHARACTERS]
+        for line in lines[-STDERR_LINES:]:
+            text = line[: 4 * STDERR_LINE_CHARACTERS].decode("utf-8", "replace").rstrip()
+            if text:
+                self._stderr_ring.append(text[:STDERR_LINE_CHARACTERS])
+
+    # --- writing ----------------------------------------------------------------------
+
+    def write(self, buffers: Iterable[Buffer] | Buffer) -> None:
+        """Send the buffers in order. What the pipe does not take at once is copied and sent later.
+
+        After the child's death the bytes go nowhere: ``drain`` and ``wait`` tell why.
+        """
+        if self._stdin is None:
+            return
+        views = byte_views(buffers)
+        if not self._backlog:
+            self._write_some(views)
+            if views and self._stdin is not None:
+                self._loop.add_writer(self._stdin, self._on_writable)
+        for view in views:
+            # The caller may reuse its buffer as soon as we return.
+            self._backlog.append(memoryview(bytes(view)))
+            self._backlog_bytes += view.nbytes
+
+    def _write_some(self, views: deque[memoryview]) -> int:
+        """Write from the front of ``views`` until the pipe is full; return the bytes written."""
+        total = 0
+        try:
+            while views and self._stdin is not None:
+                total += write_some(self._stdin, views)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:  # the child closed its end: what is left can reach nobody
+            views.clear()
+            self._close_stdin()
+        return total
+
+    def _on_writable(self) -> None:
+        self._backlog_bytes -= self._write_some(self._backlog)
+        if not self._backlog and self._stdin is not None:
+            self._loop.remove_writer(self._stdin)
+        if self._backlog_bytes <= WRITE_LIMIT // 2 or self._stdin is None:
+            _wake(self._writer)
+
+    async def drain(self) -> None:
+        """Wait until the child has taken most of what was written.
+
+        Raises StageError with the child's end where it can take no more.
+        """
+        if self._stdin is not None and self._backlog_bytes > WRITE_LIMIT:
+            if self._writer is not None:
+                raise RuntimeError("two tasks drain one child")
+            self._writer = self._loop.create_future()
+            try:
+                await self._writer
+            finally:
+                self._writer = None
+        if self._stdin is None:
+            ended = await self.stop()
+            raise StageError(f"{self.name} {ended.reason}.")
+
+    def _close_stdin(self) -> None:
+        if self._stdin is not None:
+            self._loop.remove_writer(self._stdin)
+            os.close(self._stdin)
+            self._stdin = None
+        self._backlog.clear()
+        self._backlog_bytes = 0
+        _wake(self._writer)
+
+    # --- the end ----------------------------------------------------------------------
+
+    async def wait(self) -> ChildExit:
+        """Wait for the end of the process (its output may still be read afterwards)."""
+        return await asyncio.shield(self._exited)
+
+    def kill(self) -> None:
+        """End the process at once. It is reaped by the event loop; ``wait`` tells when."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self._exited.done():
+            self._stopping = True
+            self._process.send_signal(number)
+
+    async def stop(self, grace: float = 1.0) -> ChildExit:
+        """Close its input, then terminate, then kill it, ``grace`` seconds apart. No zombie stays.
+
+        May be called more than once, and after the child's death.
+        """
+        self._close_stdin()
+        try:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                done, _ = await asyncio.wait([self._exited], timeout=grace)
+                if done:
+                    break
+                self._signal(number)
+            return await self.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise
+
+    def _watch_exit(self) -> None:
+        # A pidfd tells at once and needs neither a thread nor SIGCHLD; where the system has
+        # none (macOS, old kernels, some Android versions) look every few milliseconds.
+        with contextlib.suppress(AttributeError, OSError):
+            self._pidfd = os.pidfd_open(self.pid)
+        if self._pidfd is not None:
+            self._loop.add_reader(self._pidfd, self._on_exit)
+        else:
+            self._loop.call_later(_POLL_SECONDS, self._on_exit)
+
+    def _on_exit(self) -> None:
+        status = self._process.poll()
+        if status is None:
+            if self._pidfd is None:
+                self._loop.call_later(_POLL_SECONDS, self._on_exit)
+            return
+        self._release(self._pidfd)
+        self._pidfd = None
+        self._close_stdin()
+        # Nobody writes any more (a grandchild that still holds a pipe does not count), so
+        # what is in the pipes now is all there is; the kernel's buffer bounds it.
+        self._pull_stdout(self._held + 2 * PIPE_BYTES)
+        self._close_stdout()
+        self._finish_stderr()
+        if not self._exited.done():
+            self._exited.set_result(describe_exit(status, self.stderr_lines, self._stopping))
+
+    def _finish_stderr(self) -> None:
+        left = 2 * PIPE_BYTES
+        while self._stderr is not None and left > 0:
+            data = _read_available(self._stderr)
+            if not data:
+                break
+            left -= len(data)
+            self._push_stderr(data)
+        if self._stderr_partial:
+            self._push_stderr(b"\n")
+        self._release(self._stderr)
+        self._stderr = None
+
+    def _release(self, descriptor: int | None) -> None:
+        if descriptor is not None:
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+
+def _environment(extra: dict[str, str]) -> dict[str, str]:
+    """A child's environment variables: ours, what it needs, and ``extra``."""
+    # A checkout that is not installed is found by its root. Installed, the package is found
+    # anyway, and site-packages may not come before the standard library.
+    root = Path(__file__).resolve().parents[2]
+    first = "" if root.name in ("site-packages", "dist-packages") else str(root)
+    merged = {**os.environ, **extra}
+    path = os.pathsep.join(filter(None, (first, merged.get("PYTHONPATH"))))
+    merged.update(
+        {
+            "PYTHONPATH": path,
+            "GGML_NO_BACKTRACE": "1",  # else an abort first forks a debugger
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+    )
+    merged.pop(MEMORY_LIMIT_VARIABLE, None)
+    return merged
+
+
+def _take_descriptor(pipe: IO[bytes] | None) -> int:
+    """Our own non-blocking descriptor of a pipe, with a large kernel buffer where allowed."""
+    if pipe is None:
+        raise RuntimeError("the process was started without a pipe")
+    descriptor = os.dup(pipe.fileno())
+    pipe.close()
+    os.set_blocking(descriptor, False)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # the user's share of pipe memory may be used up
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return descriptor
+
+
+def _read_available(descriptor: int) -> bytes | None:
+    """Bytes that are there now, ``b""`` at the end of the pipe, None where nothing is there yet."""
+    try:
+        return os.read(descriptor, READ_CHUNK)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return b""
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,64 @@
+"""Token embeddings without llama.cpp's graph: look up rows, dequantise them, scale them.
+
+Used by the first stage of several. The table stays in a memory-mapped file; only the rows that
+are asked for are read. The dequantisation is ggml's own, so the rows are those that llama.cpp
+would compute, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from edgellm.engine.base import Float32, Int32
+from edgellm.engine.bindings import TO_FLOAT, ggml
+from edgellm.errors import ModelFileError, StageError
+from edgellm.modelfile.gguf import read_header
+
+TENSOR = "token_embd.weight"
+
+
+class EmbeddingTable:
+    """``token_embd.weight`` [vocabulary, width] of a GGUF, dequantised row by row."""
+
+    def __init__(self, path: str, width: int, scale: float) -> None:
+        header = read_header(Path(path))
+        tensor = next((t for t in header.tensors if t.name == TENSOR), None)
+        if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != width:
+            raise ModelFileError(
+                f"the embedding shard holds no {TENSOR} of width {width}.", field=TENSOR
+            )
+        self._width = width
+        self._count = tensor.shape[1]
+        self._scale = np.float32(scale)
+        self._scaled = scale != 1.0
+        self._stride = tensor.nbytes // self._count
+        traits = ggml().ggml_get_type_traits(tensor.type.id).contents
+        self._to_float = TO_FLOAT(traits.to_float) if traits.to_float else None
+        with Path(path).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._table = np.frombuffer(
+            mapped, np.uint8, count=tensor.nbytes, offset=tensor.offset
+        ).reshape(self._count, self._stride)
+
+    def rows(self, tokens: Int32 | None) -> Float32:
+        """float32 [len(tokens), width]. Raises StageError for a token outside the vocabulary."""
+        if tokens is None or not len(tokens):
+            raise StageError("the first stage was given no tokens.")
+        if tokens.min() < 0 or tokens.max() >= self._count:
+            raise StageError(f"a token id is outside the vocabulary of {self._count}.")
+        raw = np.ascontiguousarray(self._table[tokens])
+        if self._to_float is None:  # float32 needs no conversion
+            out = raw.view(np.float32)
+        else:
+            out = np.empty((len(tokens), self._width), np.float32)
+            # Rows are whole blocks, so all of them convert in one call.
+            self._to_float(
+                raw.ctypes.data_as(ctypes.c_void_p),
+                out.ctypes.data_as(ctypes.c_void_p),
+                out.size,
+            )
+        return out * self._scale if self._scaled else out

@@ -1,0 +1,252 @@
+"""The llama.cpp engine: one span of layers of an unpatched llama.cpp, through ctypes.
+
+This file runs in a stage process only, never in a node: llama.cpp aborts on what it does not
+like. It trusts its inputs: files were validated by ``modelfile``, rows by ``runner``.
+
+How a middle stage works without patching: its shard is an ordinary GGUF of just its layers;
+rows enter through ``llama_batch.embd``; and ``cb_eval`` stops the graph at the last layer's
+residual node, copying it out, so that the final norm and the head are never computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
+from edgellm.engine.bindings import KV_TYPE_IDS, ggml, llama, set_fields
+from edgellm.engine.embedding import EmbeddingTable
+from edgellm.errors import StageError
+from edgellm.types import Mode
+
+MROPE_TYPES = frozenset((8, 24, 40))
+"""Rope types that want four positions a token when the input is embeddings."""
+
+
+class _Batch:
+    """A ``llama_batch`` over numpy arrays, so that filling one costs no Python loop a row."""
+
+    def __init__(self, module: Any, capacity: int, width: int, sections: int) -> None:
+        self.tokens = np.zeros(capacity, np.int32)
+        self.hidden = np.zeros((capacity, width), np.float32) if width else None
+        self.positions = np.zeros(capacity * sections, np.int32)
+        self.counts = np.ones(capacity, np.int32)
+        self.slots = np.zeros(capacity, np.int32)
+        self.outputs = np.zeros(capacity, np.int8)
+        self.sections = sections
+        base = self.slots.ctypes.data
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        self._slot_pointers = (pointer * capacity)(
+            *(ctypes.cast(base + 4 * i, pointer) for i in range(capacity))
+        )
+        self.native = module.llama_batch()
+        set_fields(
+            self.native,
+            n_tokens=0,
+            pos=self.positions.ctypes.data_as(pointer),
+            n_seq_id=self.counts.ctypes.data_as(pointer),
+            seq_id=self._slot_pointers,
+            logits=self.outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        if self.hidden is not None:
+            floats = ctypes.POINTER(ctypes.c_float)
+            set_fields(self.native, embd=self.hidden.ctypes.data_as(floats))
+        else:
+            set_fields(self.native, token=self.tokens.ctypes.data_as(pointer))
+
+    def place(self, rows: Sequence[SlotRow], all_outputs: bool) -> int:
+        """Write slots, positions and output flags of ``rows``; returns the number of tokens."""
+        total = sum(row.count for row in rows)
+        at = 0
+        self.outputs[:total] = 1 if all_outputs else 0
+        for row in rows:
+            end = at + row.count
+            self.slots[at:end] = row.slot
+            self.positions[at:end] = np.arange(row.position, row.position + row.count)
+            if row.output:
+                self.outputs[end - 1] = 1
+            at = end
+        if self.sections == 4:
+            # section by section: p, p, p, 0; the sections are as long as the batch, so the text
+            # positions just written move into place behind one another
+            self.positions[total : 2 * total] = self.positions[:total]
+            self.positions[2 * total : 3 * total] = self.positions[:total]
+            self.positions[3 * total : 4 * total] = 0
+        self.native.n_tokens = total
+        return total
+
+
+class LlamaEngine:
+    """See ``base.StageEngine``. Loading takes seconds; raises StageError when llama.cpp refuses."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._llama = llama()
+        self._ggml = ggml()
+        self._config = config
+        settings = config.settings
+        self._native_seconds = 0.0
+        self._reads: list[Float32] = []
+        self._model = self._load_model(config.shard)
+        self._width = int(self._llama.llama_model_n_embd(self._model))
+        self._input_width = int(self._llama.llama_model_n_embd_inp(self._model))
+        vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self._vocabulary = int(self._llama.llama_vocab_n_tokens(vocabulary))
+        self._takes_tokens = config.first and config.last
+        self._embedding = (
+            EmbeddingTable(config.embedding, self._width, config.embedding_scale)
+            if config.first and not config.last
+            else None
+        )
+        self._target = f"{config.residual}-{len(config.span) - 1}".encode()
+        # The context calls this for as long as it lives: the reference must not be lost.
+        self._callback = self._llama.ggml_backend_sched_eval_callback(self._on_node)
+        self._context = self._open_context()
+        self._memory = self._llama.llama_get_memory(self._context)
+        sections = 1
+        if not self._takes_tokens and self._llama.llama_model_rope_type(self._model) in MROPE_TYPES:
+            sections = 4
+        self._batch = _Batch(
+            self._llama, settings.chunk, 0 if self._takes_tokens else self._input_width, sections
+        )
+
+    def _load_model(self, path: str) -> Any:
+        parameters = self._llama.llama_model_default_params()
+        set_fields(
+            parameters,
+            n_gpu_layers=0,
+            # Without mmap: mapped pages would stay resident beside the repacked copies.
+            load_mode=self._llama.LLAMA_LOAD_MODE_NONE,
+        )
+        model = self._llama.llama_model_load_from_file(path.encode(), parameters)
+        if not model:
+            raise StageError(f"llama.cpp refused to load the shard of layers {self._span_text()}.")
+        return model
+
+    def _open_context(self) -> Any:
+        settings = self._config.settings
+        unified = settings.mode is Mode.NORMAL
+        kv_type = KV_TYPE_IDS[settings.kv_type]
+        parameters = self._llama.llama_context_default_params()
+        set_fields(
+            parameters,
+            n_ctx=settings.context * settings.sequences,
+            n_batch=settings.chunk,
+            n_ubatch=settings.chunk,
+            n_seq_max=settings.sequences,
+            n_threads=settings.threads,
+            n_threads_batch=settings.threads,
+            flash_attn_type=1 if settings.flash_attention else 0,
+            type_k=kv_type,
+            type_v=kv_type,
+            swa_full=settings.swa_full,
+            kv_unified=unified,
+            no_perf=True,
+        )
+        if not self._config.last:
+            set_fields(parameters, cb_eval=self._callback)
+        else:
+            # One output row a sequence is all that a last stage gives; the default reserves
+            # logits for every token of a chunk (131 MB at a vocabulary of 256k).
+            set_fields(parameters, n_outputs_max=min(settings.chunk, settings.sequences))
+        context = self._llama.llama_init_from_model(self._model, parameters)
+        if not context:
+            raise StageError(
+                f"llama.cpp could not make a context of {settings.context} tokens"
+                f" x {settings.sequences} sequences with a {settings.kv_type} KV cache.",
+                hint="Use a smaller --ctx or another --kv-type.",
+            )
+        return context
+
+    def _span_text(self) -> str:
+        return f"{self._config.span.first} to {self._config.span.end - 1}"
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    @property
+    def vocabulary(self) -> int:
+        return self._vocabulary
+
+    @property
+    def joint(self) -> str:
+        if self._config.settings.mode is Mode.REFERENCE:
+            return "none"
+        mixed = self._llama.llama_model_is_hybrid(
+            self._model
+        ) or self._llama.llama_model_is_recurrent(self._model)
+        # llama.cpp regroups rows of unequal sequences there, and the callback sees its order.
+        return "equal" if mixed else "any"
+
+    @property
+    def native_seconds(self) -> float:
+        return self._native_seconds
+
+    def decode(
+        self, rows: Sequence[SlotRow], tokens: Int32 | None, hidden: Float32 | None
+    ) -> Decoded:
+        batch = self._batch
+        total = batch.place(rows, all_outputs=not self._config.last)
+        if self._takes_tokens:
+            batch.tokens[:total] = tokens
+        elif batch.hidden is not None:
+            source = self._embedding.rows(tokens) if self._embedding is not None else hidden
+            batch.hidden[:total, : self._width] = source
+        self._reads.clear()
+        started = time.perf_counter()
+        status = self._llama.llama_decode(self._context, batch.native)
+        self._native_seconds += time.perf_counter() - started
+        if status != 0:
+            raise StageError(self._decode_reason(status, total))
+        if self._config.last:
+            return Decoded(hidden=None, logits=self._logits(rows))
+        return Decoded(hidden=self._hidden(total), logits=None)
+
+    def _decode_reason(self, status: int, total: int) -> str:
+        if status == 1:
+            return (
+                f"the KV cache has no room for {total} more tokens"
+                f" (context {self._config.settings.context})."
+            )
+        return f"llama_decode failed with status {status} on {total} tokens."
+
+    def _logits(self, rows: Sequence[SlotRow]) -> Float32:
+        wanted = sum(row.output for row in rows)
+        if not wanted:
+            return np.empty((0, self._vocabulary), np.float32)
+        pointer = self._llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(
+            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (wanted, self._vocabulary)
+        )
+
+    def _hidden(self, total: int) -> Float32:
+        reads = self._reads
+        seen = sum(len(read) for read in reads)
+        if seen != total:
+            raise StageError(
+                f"the engine gave {seen} hidden rows for {total} tokens"
+                f" (node {self._target.decode()} of layers {self._span_text()})."
+            )
+        return reads[0] if len(reads) == 1 else np.concatenate(reads)
+
+    def _on_node(self, tensor: int, ask: bool, _user_data: int | None) -> bool:
+        """llama.cpp's ``cb_eval``: called for every node, some hundred times a token."""
+        if ask:
+            return bool(self._ggml.ggml_get_name(tensor) == self._target)
+        elements = int(self._ggml.ggml_nelements(tensor))
+        rows = np.empty((elements // self._width, self._width), np.float32)
+        # Through the backend: the tensor need not lie in host memory.
+        self._ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
+        self._reads.append(rows)
+        return False  # ends the graph: no final norm, no head
+
+    def clear(self, slot: int) -> None:
+        self._llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def close(self) -> None:
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)

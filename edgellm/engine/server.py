@@ -1,0 +1,226 @@
+"""A stage as messages in, messages out: what runs inside the stage process.
+
+No pipes and no asyncio here: ``stage_main`` feeds it from a pipe, ``host.InlineStage`` calls it
+directly. Whatever goes wrong becomes an ``ErrorReport``: of one sequence where it can be told,
+else of the stage.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgellm.engine.base import StageConfig, StageEngine
+from edgellm.engine.runner import Outcome, SamplerFactory, StageRunner
+from edgellm.errors import EdgeError, LocalProtocolError, StageError
+from edgellm.types import LayerSpan
+from edgellm.wire.messages import (
+    CloseSequence,
+    ErrorReport,
+    Hidden,
+    Message,
+    OpenSequence,
+    QueryStats,
+    StageReady,
+    StageStats,
+    StartEngine,
+    Step,
+    Tokens,
+)
+from edgellm.wire.plain import sampler_from_plain, settings_from_plain, settings_to_plain
+from edgellm.wire.tensors import decode_rows, decode_tokens, encode_logits, encode_rows
+
+EngineFactory = Callable[[StageConfig], StageEngine]
+EngineTable = Mapping[str, tuple[EngineFactory, SamplerFactory]]
+
+
+class StageServer:
+    """Holds one stage. ``handle`` yields its answers as they come."""
+
+    def __init__(self, engines: EngineTable) -> None:
+        self._engines = engines
+        self._runner: StageRunner | None = None
+        self._config: StageConfig | None = None
+        self._epoch = 0
+        self._index = 0
+
+    def handle(self, message: Message) -> Iterator[Message]:
+        """Carry out one message. Never raises EdgeError: failures are yielded as reports."""
+        sequence = getattr(message, "sequence", -1)
+        try:
+            if isinstance(message, Step | Hidden):
+                yield from self._step(message)
+            elif isinstance(message, OpenSequence):
+                self._open(message)
+            elif isinstance(message, CloseSequence):
+                self._loaded()[0].close(message.sequence)
+            elif isinstance(message, StartEngine):
+                yield self._start(message)
+            elif isinstance(message, QueryStats):
+                yield self._stats(message)
+            else:
+                raise LocalProtocolError(f"a stage does not take {type(message).__name__}.")
+        except EdgeError as error:
+            yield ErrorReport(self._epoch, sequence, error.to_dict())
+
+    def _loaded(self) -> tuple[StageRunner, StageConfig]:
+        if self._runner is None or self._config is None:
+            raise StageError("the stage is not loaded.")
+        return self._runner, self._config
+
+    def _start(self, message: StartEngine) -> StageReady:
+        started = time.perf_counter()
+        config = stage_config_from(message.config)
+        self._epoch = int(message.config["epoch"])
+        self._index = int(message.config["index"])
+        if config.engine not in self._engines:
+            raise StageError(f"there is no engine named {config.engine!r} on this device.")
+        if config.settings.pin:
+            _pin(config.settings.pin)
+        make_engine, make_sampler = self._engines[config.engine]
+        self._runner = StageRunner(make_engine(config), config, make_sampler)
+        self._config = config
+        _check_shape(self._runner.engine, config)
+        return StageReady(
+            epoch=self._epoch,
+            index=self._index,
+            memory_bytes=resident_peak(),
+            timings={"load_s": time.perf_counter() - started},
+        )
+
+    def _open(self, message: OpenSequence) -> None:
+        runner, config = self._loaded()
+        runner.open(
+            message.sequence,
+            sampler_from_plain(message.sampler),
+            decode_tokens(message.payload, 1 << 31).tolist() if config.last else (),
+            message.logits,
+        )
+
+    def _step(self, message: Step | Hidden) -> Iterator[Message]:
+        runner, config = self._loaded()
+        if message.epoch != self._epoch:
+            return
+        total = sum(row.count for row in message.rows)
+        if isinstance(message, Step):
+            if not config.first:
+                raise LocalProtocolError("token ids reached a stage that is not the first.")
+            outcomes = runner.step(message.rows, decode_tokens(message.payload, 1 << 31), None)
+        else:
+            if config.first:
+                raise LocalProtocolError("hidden rows reached the first stage.")
+            width = runner.engine.width
+            hidden = decode_rows(message.payload, total, width, message.activations)
+            outcomes = runner.step(message.rows, None, hidden)
+        for outcome in outcomes:
+            yield from self._messages(outcome, config)
+
+    def _messages(self, outcome: Outcome, config: StageConfig) -> Iterator[Message]:
+        for sequence, error in outcome.failures:
+            yield ErrorReport(self._epoch, sequence, error.to_dict())
+        if outcome.hidden is not None:
+            activations = config.settings.activations
+            yield Hidden(
+                epoch=self._epoch,
+                rows=outcome.rows,
+                width=outcome.hidden.shape[1],
+                activations=activations,
+                payload=encode_rows(outcome.hidden, activations),
+            )
+        if outcome.results:
+            logits = outcome.logits
+            yield Tokens(
+                epoch=self._epoch,
+                results=outcome.results,
+                payload=b"" if logits is None else encode_logits(logits),
+            )
+
+    def _stats(self, message: QueryStats) -> StageStats:
+        runner, _ = self._loaded()
+        figures = runner.figures
+        return StageStats(
+            epoch=message.epoch,
+            index=self._index,
+            stats={
+                "native_s": runner.engine.native_seconds,
+                "busy_s": figures.busy_s,
+                "sample_s": figures.sample_s,
+                "steps": figures.steps,
+                "tokens": figures.tokens,
+                "peak_bytes": resident_peak(),
+            },
+        )
+
+
+def resident_peak() -> int:
+    """Peak resident bytes of this process so far.
+
+    From /proc where there is one: ``ru_maxrss`` also counts the parent's memory before exec.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil  # noqa: PLC0415 - only where there is no /proc
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _check_shape(engine: StageEngine, config: StageConfig) -> None:
+    if engine.width != config.width:
+        raise StageError(f"the shard is {engine.width} wide, the plan says {config.width}.")
+    if config.last and engine.vocabulary != config.vocab:
+        raise StageError(
+            f"the shard has a vocabulary of {engine.vocabulary}, the plan says {config.vocab}."
+        )
+
+
+def _pin(processors: tuple[int, ...]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, processors)
+        except OSError as error:
+            raise StageError(
+                f"the stage process cannot be pinned to processors {list(processors)}.",
+                hint="Leave --pin out, or name processors that this device has.",
+            ) from error
+
+
+def stage_config_to(config: StageConfig, epoch: int, index: int) -> dict[str, Any]:
+    """The config of ``StartEngine``: plain scalars."""
+    return {
+        "epoch": epoch,
+        "index": index,
+        "engine": config.engine,
+        "first": config.span.first,
+        "end": config.span.end,
+        "layers": config.layers,
+        "width": config.width,
+        "vocab": config.vocab,
+        "shard": config.shard,
+        "embedding": config.embedding,
+        "residual": config.residual,
+        "embedding_scale": config.embedding_scale,
+        "settings": settings_to_plain(config.settings),
+    }
+
+
+def stage_config_from(data: Mapping[str, Any]) -> StageConfig:
+    """The inverse of ``stage_config_to``; it came from our own node, not from the network."""
+    return StageConfig(
+        engine=str(data["engine"]),
+        span=LayerSpan(int(data["first"]), int(data["end"])),
+        layers=int(data["layers"]),
+        width=int(data["width"]),
+        vocab=int(data["vocab"]),
+        shard=str(data["shard"]),
+        embedding=str(data["embedding"]),
+        residual=str(data["residual"]),
+        embedding_scale=float(data["embedding_scale"]),
+        settings=settings_from_plain(data["settings"]),
+    )

@@ -1,0 +1,114 @@
+"""A deterministic engine without a model: the next token is a hash of everything before it.
+
+For tests and fault benches: it starts at once, needs no file and no native code, and shares the
+interface and the failure modes of a real engine. Every layer mixes the row with a running state
+of its slot, so a row left out, repeated, permuted, or a layer left out changes every later token.
+All values are integers below 2048, which float16 carries without loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
+from edgellm.errors import StageError
+
+WIDTH = 8
+VOCABULARY = 256
+_MODULUS = 2039  # a prime below 2048
+_LANES = np.arange(WIDTH, dtype=np.int64)
+
+
+class StubEngine:
+    """See ``base.StageEngine``; ``config.shard`` may hold ``"delay=SECONDS"`` a decode call."""
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self._delay = _delay_of(config.shard)
+        self._native_seconds = 0.0
+        self._states: dict[int, list[int]] = {}
+
+    @property
+    def width(self) -> int:
+        return WIDTH
+
+    @property
+    def vocabulary(self) -> int:
+        return VOCABULARY
+
+    @property
+    def joint(self) -> str:
+        return "any"
+
+    @property
+    def native_seconds(self) -> float:
+        return self._native_seconds
+
+    def decode(
+        self, rows: Sequence[SlotRow], tokens: Int32 | None, hidden: Float32 | None
+    ) -> Decoded:
+        started = time.perf_counter()
+        if self._delay:
+            time.sleep(self._delay)
+        if self._config.first:
+            if tokens is None:
+                raise StageError("the first stage was given no tokens.")
+            mixed = (tokens.astype(np.int64)[:, None] * 37 + _LANES * 11 + 5) % _MODULUS
+        elif hidden is not None:
+            mixed = hidden.astype(np.int64)
+        else:
+            raise StageError("a later stage was given no hidden rows.")
+        logits: list[Float32] = []
+        at = 0
+        for row in rows:
+            states = self._states.setdefault(row.slot, [1] * len(self._config.span))
+            for offset in range(row.count):
+                vector = mixed[at + offset]
+                for index in range(len(self._config.span)):
+                    layer = self._config.span.first + index
+                    states[index] = (
+                        states[index] * 31
+                        + int(vector @ (_LANES + 1))
+                        + 7 * (row.position + offset + 1)
+                        + layer
+                    ) % _MODULUS
+                    vector = (vector * 3 + states[index] + _LANES) % _MODULUS
+                mixed[at + offset] = vector
+            at += row.count
+            if self._config.last and row.output:
+                logits.append(_scores(mixed[at - 1]))
+        self._native_seconds += time.perf_counter() - started
+        if self._config.last:
+            empty = np.empty((0, VOCABULARY), np.float32)
+            return Decoded(hidden=None, logits=np.stack(logits) if logits else empty)
+        return Decoded(hidden=mixed.astype(np.float32), logits=None)
+
+    def clear(self, slot: int) -> None:
+        self._states.pop(slot, None)
+
+    def close(self) -> None:
+        self._states.clear()
+
+
+class StubSampler:
+    """Greedy; the stub's logits never tie."""
+
+    def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
+        return int(np.argmax(logits))
+
+    def close(self) -> None:
+        pass
+
+
+def _scores(vector: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32:
+    """float32 [VOCABULARY]: a permutation of 0..255 that depends on the whole row."""
+    key = int(vector @ (31 ** (_LANES % 5))) % 65521
+    order = (np.arange(VOCABULARY, dtype=np.int64) * (2 * key + 1) + key // 3) % VOCABULARY
+    return order.astype(np.float32)
+
+
+def _delay_of(text: str) -> float:
+    return float(text.removeprefix("delay=")) if text.startswith("delay=") else 0.0

@@ -1,0 +1,147 @@
+"""One request as a pure state machine: results in, effects out. No I/O and no clock.
+
+The prompt goes out in chunks, several in flight so that all stages work at once; then one token
+at a time. ``Generation.tokens`` is the journal: the prompt and every token in order. A token is
+in it before the effect that shows it is returned, so whoever carries out effects in order can
+never show a token that a replay would not know.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass
+
+from edgellm.errors import LocalProtocolError
+from edgellm.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SendStep:
+    """Send tokens [position, position + count) of the journal to the first stage."""
+
+    position: int
+    count: int
+    output: bool
+    """The last stage shall sample after the last of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Token ``token`` was made for ``position`` and is in the journal: it may be shown."""
+
+    position: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing more will come."""
+
+    reason: FinishReason
+
+
+Effect = SendStep | Emit | Finish
+
+
+class Phase(enum.Enum):
+    NEW = "new"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+def chunk_spans(length: int, chunk: int) -> list[tuple[int, int]]:
+    """(position, count) of the chunks of a prompt. A function of the two numbers only, since the
+    chunks decide the bits of the answer in reference mode."""
+    return [(at, min(chunk, length - at)) for at in range(0, length, chunk)]
+
+
+class Generation:
+    """The state of one request.
+
+    ``window`` is the most prompt chunks in flight; ``max_tokens`` the most tokens to make
+    (both at least 1); ``stop_tokens`` end the answer and are not part of it.
+    """
+
+    def __init__(
+        self,
+        prompt: tuple[int, ...],
+        *,
+        max_tokens: int,
+        chunk: int,
+        window: int,
+        context: int,
+        stop_tokens: frozenset[int] = frozenset(),
+    ) -> None:
+        if not prompt or len(prompt) > context:
+            raise LocalProtocolError(
+                f"a prompt of {len(prompt)} tokens does not fit a context of {context}."
+            )
+        self.tokens: list[int] = list(prompt)
+        self.prompt_length = len(prompt)
+        self.phase = Phase.NEW
+        self._max_tokens = max_tokens
+        self._context = context
+        self._window = max(1, window)
+        self._stop_tokens = stop_tokens
+        self._pending = deque(chunk_spans(len(prompt), chunk))
+        self._in_flight: deque[tuple[int, int]] = deque()
+        """(last position, 1 if it brings a token) of what was sent and is not answered."""
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """The tokens made so far."""
+        return tuple(self.tokens[self.prompt_length :])
+
+    def begin(self) -> list[Effect]:
+        """The first chunks."""
+        if self.phase is not Phase.NEW:
+            raise LocalProtocolError("a generation begins once.")
+        self.phase = Phase.PREFILL
+        return self._fill_window()
+
+    def on_result(self, position: int, token: int) -> list[Effect]:
+        """The last stage answered for the step that ended at ``position``; -1 is no token.
+
+        A stale or repeated answer has no effect.
+        """
+        if self.phase is Phase.DONE or not self._in_flight:
+            return []
+        expected, brings_token = self._in_flight[0]
+        if position != expected or (token >= 0) != bool(brings_token):
+            return []
+        self._in_flight.popleft()
+        if not brings_token:
+            return self._fill_window()
+        return self._on_token(position + 1, token)
+
+    def stop(self, reason: FinishReason) -> list[Effect]:
+        """End it now (stop string, cancel, deadline); harmless when it has ended."""
+        if self.phase is Phase.DONE:
+            return []
+        self.phase = Phase.DONE
+        return [Finish(reason)]
+
+    def _on_token(self, position: int, token: int) -> list[Effect]:
+        if token in self._stop_tokens:
+            return self.stop(FinishReason.STOP)
+        self.phase = Phase.DECODE
+        self.tokens.append(token)
+        emit = Emit(position, token)
+        made = len(self.tokens) - self.prompt_length
+        if made >= self._max_tokens or len(self.tokens) > self._context:
+            return [emit, *self.stop(FinishReason.LENGTH)]
+        # The next step first: stages work while the token is turned into text.
+        return [self._send(position, 1, output=True), emit]
+
+    def _fill_window(self) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._pending and len(self._in_flight) < self._window:
+            position, count = self._pending.popleft()
+            effects.append(self._send(position, count, output=not self._pending))
+        return effects
+
+    def _send(self, position: int, count: int, *, output: bool) -> SendStep:
+        self._in_flight.append((position + count - 1, int(output)))
+        return SendStep(position, count, output)

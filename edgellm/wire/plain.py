@@ -1,0 +1,81 @@
+"""Settings as plain data and back: what ``LoadStage.settings`` and ``OpenSequence.sampler`` hold.
+
+Pure. Every field is named here; an unknown, missing or ill-typed one from a peer is a
+``RemoteProtocolError``, and the dataclass checks the ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from edgellm.errors import RemoteProtocolError, UsageError
+from edgellm.types import Activations, EngineSettings, Mode, SamplerSettings
+
+T = TypeVar("T")
+
+_ENGINE: Mapping[str, Callable[[Any], Any]] = {
+    "context": int,
+    "sequences": int,
+    "chunk": int,
+    "kv_type": str,
+    "mode": Mode,
+    "activations": Activations,
+    "flash_attention": bool,
+    "swa_full": bool,
+    "threads": int,
+    "pin": lambda value: tuple(int(processor) for processor in value),
+}
+_SAMPLER: Mapping[str, Callable[[Any], Any]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repeat_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "penalty_last_n": int,
+    "logit_bias": lambda value: tuple((int(token), float(bias)) for token, bias in value),
+    "seed": int,
+}
+
+
+def settings_to_plain(settings: EngineSettings) -> dict[str, Any]:
+    """``EngineSettings`` as scalars and one list of integers."""
+    data = {name: getattr(settings, name) for name in _ENGINE}
+    return data | {
+        "mode": settings.mode.value,
+        "activations": settings.activations.value,
+        "pin": list(settings.pin),
+    }
+
+
+def settings_from_plain(data: Mapping[str, Any]) -> EngineSettings:
+    """The inverse of ``settings_to_plain``. Raises RemoteProtocolError."""
+    return _made("engine settings", EngineSettings, _ENGINE, data)
+
+
+def sampler_to_plain(settings: SamplerSettings) -> dict[str, Any]:
+    """``SamplerSettings`` as scalars and one list of pairs."""
+    data = {name: getattr(settings, name) for name in _SAMPLER}
+    return data | {"logit_bias": [list(pair) for pair in settings.logit_bias]}
+
+
+def sampler_from_plain(data: Mapping[str, Any]) -> SamplerSettings:
+    """The inverse of ``sampler_to_plain``. Raises RemoteProtocolError."""
+    return _made("sampler settings", SamplerSettings, _SAMPLER, data)
+
+
+def _made(
+    what: str,
+    make: Callable[..., T],
+    fields: Mapping[str, Callable[[Any], Any]],
+    data: Mapping[str, Any],
+) -> T:
+    if data.keys() != fields.keys():
+        odd = ", ".join(sorted(str(name)[:40] for name in data.keys() ^ fields.keys()))
+        raise RemoteProtocolError(f"the {what} have missing or unknown fields: {odd}.")
+    try:
+        return make(**{name: convert(data[name]) for name, convert in fields.items()})
+    except (TypeError, ValueError, UsageError) as error:
+        raise RemoteProtocolError(f"the {what} are wrong: {error}") from error

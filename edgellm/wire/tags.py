@@ -1,0 +1,285 @@
+"""The tag table: frame kind to message class, with a check for every field. Pure.
+
+A kind is looked up here and nowhere else, so nothing is ever built from a name that came by
+wire. Kinds are part of the protocol: a number once used is never used for anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, Final, cast
+
+from edgellm.errors import LocalProtocolError
+from edgellm.wire import schema
+from edgellm.wire.frames import Buffer
+from edgellm.wire.schema import MAX_LIST, MAX_SEQUENCE, NO_TOKEN, Check, SchemaError
+from edgellm.wire.tensors import LOGIT_BYTES, TOKEN_BYTES, rows_nbytes
+from edgellm.wire.vocabulary import (
+    CloseSequence,
+    DeviceInfo,
+    ErrorReport,
+    Hello,
+    Hidden,
+    LoadProgress,
+    LoadStage,
+    Message,
+    OpenSequence,
+    Ping,
+    Pong,
+    QueryDevice,
+    QueryStats,
+    StageReady,
+    StageStats,
+    StartEngine,
+    Step,
+    Tokens,
+    UnloadStage,
+    Welcome,
+)
+
+NO_SEQUENCE = -1
+MAX_PROMPT_BYTES = 8 * 1024 * 1024
+MAX_STEP_TOKENS = 4096
+"""The largest chunk that ``EngineSettings`` allows."""
+
+# --- rules that concern more than one field -------------------------------------------
+
+
+def _nbytes(payload: Buffer) -> int:
+    return payload.nbytes if isinstance(payload, memoryview) else len(payload)
+
+
+def _check_step(step: Step) -> None:
+    count = sum([row.count for row in step.rows])
+    if _nbytes(step.payload) != count * TOKEN_BYTES:
+        raise SchemaError(f"rows of {count} tokens carry {_nbytes(step.payload)} bytes")
+
+
+def _check_hidden(hidden: Hidden) -> None:
+    count = sum([row.count for row in hidden.rows])
+    expected = rows_nbytes(count, hidden.width, hidden.activations)
+    if _nbytes(hidden.payload) != expected:
+        raise SchemaError(
+            f"{count} rows of {hidden.width} {hidden.activations} values are {expected} bytes,"
+            f" not {_nbytes(hidden.payload)}"
+        )
+
+
+def _check_tokens(tokens: Tokens) -> None:
+    size = _nbytes(tokens.payload)
+    if not size:
+        return
+    outputs = sum([result.token != NO_TOKEN for result in tokens.results])
+    if not outputs or size % (outputs * LOGIT_BYTES):
+        raise SchemaError(f"{size} bytes of logits do not divide over {outputs} outputs")
+
+
+def _check_prompt(opened: OpenSequence) -> None:
+    if _nbytes(opened.payload) % TOKEN_BYTES:
+        raise SchemaError("the prompt's bytes are no whole token ids")
+
+
+def _check_span(load: LoadStage) -> None:
+    if not load.first < load.end <= load.layers or load.index >= load.stage_count:
+        raise SchemaError(
+            f"stage {load.index} of {load.stage_count} cannot hold layers"
+            f" [{load.first}, {load.end}) of {load.layers}"
+        )
+
+
+def _check_progress(progress: LoadProgress) -> None:
+    if progress.done > progress.total:
+        raise SchemaError(f"{progress.done} of {progress.total} cannot be done")
+
+
+# --- the table ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One line of the table: the class of a kind and the checks of its fields, in order."""
+
+    kind: int
+    make: Callable[..., Message]
+    checks: tuple[tuple[str, Check], ...]
+    rule: Callable[[Any], None] | None = None
+    payload: bool = field(init=False)
+    """Whether the message carries raw bytes."""
+    name: str = field(init=False)
+    values: Callable[[Message], tuple[Any, ...]] = field(init=False)
+    """The fields of a message, in order, without the payload."""
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in fields(cast(Any, self.make))]
+        checked = [name for name, _ in self.checks]
+        if checked != [name for name in names if name != "payload"]:
+            raise LocalProtocolError(f"message kind {self.kind}: the table and the class differ.")
+        object.__setattr__(self, "payload", "payload" in names)
+        object.__setattr__(self, "name", cast(type, self.make).__name__)
+        object.__setattr__(self, "values", _getter(checked))
+
+
+def _getter(names: list[str]) -> Callable[[Message], tuple[Any, ...]]:
+    """``attrgetter`` that answers a tuple for none and for one name as well."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda message: tuple([getattr(message, name) for name in names])
+
+
+_EPOCH = ("epoch", schema.integer())
+_SEQUENCE = ("sequence", schema.integer(0, MAX_SEQUENCE))
+_INDEX = ("index", schema.integer(0, 1023))
+_DURATION = ("deadline_s", schema.number(0.0, 1e9))
+_PEER = (
+    ("protocol", schema.integer(0, 255)),
+    ("name", schema.label(64)),
+    ("device_id", schema.label(64)),
+    ("software", schema.label(64)),
+)
+_NONCE = ("nonce", schema.integer(0, (1 << 32) - 1))
+_WIDTH = ("width", schema.integer(1, 1 << 20))
+
+
+def _path_or_number(value: object) -> str | int:
+    return cast("str | int", _INT(value) if type(value) is int else _PATH(value))
+
+
+def _setting(value: object) -> object:
+    return _PINS(value) if isinstance(value, (list, tuple)) else schema.scalar(value)
+
+
+def _sampling(value: object) -> object:
+    return _BIASES(value) if isinstance(value, (list, tuple)) else schema.scalar(value)
+
+
+def _bias(value: object) -> tuple[int, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise SchemaError("a logit bias is no pair of token and bias")
+    return _TOKEN(value[0]), _FINITE(value[1])
+
+
+def _stat(value: object) -> int | float:
+    return cast("int | float", _INT(value) if type(value) is int else _FINITE(value))
+
+
+_INT = schema.integer(-schema.MAX_INT)
+_FINITE = schema.number()
+_PATH = schema.text(4096)
+_TOKEN = schema.integer(0, schema.MAX_TOKEN)
+_PINS = schema.sequence_of(schema.integer(0, 4095), MAX_LIST)
+_BIASES = schema.sequence_of(_bias, MAX_LIST)
+
+_TABLE: Final = (
+    Spec(1, Hello, _PEER),
+    Spec(2, Welcome, _PEER),
+    Spec(3, Ping, (_NONCE,)),
+    Spec(4, Pong, (_NONCE,)),
+    Spec(
+        5,
+        ErrorReport,
+        (
+            _EPOCH,
+            ("sequence", schema.integer(NO_SEQUENCE, MAX_SEQUENCE)),
+            ("error", schema.error_dict),
+        ),
+    ),
+    Spec(6, QueryDevice, ()),
+    Spec(
+        7,
+        DeviceInfo,
+        (
+            ("name", schema.label(64)),
+            ("device_id", schema.label(64)),
+            ("memory_total", schema.integer()),
+            ("memory_free", schema.integer()),
+            ("cores", schema.integer(1, 1 << 16)),
+            ("software", schema.label(64)),
+            ("engines", schema.sequence_of(schema.label(64), 16)),
+        ),
+    ),
+    Spec(
+        10,
+        LoadStage,
+        (
+            _EPOCH,
+            _INDEX,
+            ("stage_count", schema.integer(1, 1024)),
+            ("first", schema.integer(0, 1 << 16)),
+            ("end", schema.integer(1, 1 << 16)),
+            ("layers", schema.integer(1, 1 << 16)),
+            ("model", schema.mapping_of(_path_or_number)),
+            ("settings", schema.mapping_of(_setting)),
+            ("next_host", schema.label(255)),
+            ("next_port", schema.integer(0, 65535)),
+            _WIDTH,
+            ("vocab", schema.integer(1, schema.MAX_TOKEN)),
+            _DURATION,
+        ),
+        _check_span,
+    ),
+    Spec(
+        11,
+        LoadProgress,
+        (
+            _EPOCH,
+            _INDEX,
+            ("part", schema.label(64)),
+            ("done", schema.integer()),
+            ("total", schema.integer()),
+        ),
+        _check_progress,
+    ),
+    Spec(
+        12,
+        StageReady,
+        (
+            _EPOCH,
+            _INDEX,
+            ("memory_bytes", schema.integer()),
+            ("timings", schema.mapping_of(schema.number(0.0))),
+        ),
+    ),
+    Spec(13, UnloadStage, (_EPOCH,)),
+    Spec(14, QueryStats, (_EPOCH,)),
+    Spec(15, StageStats, (_EPOCH, _INDEX, ("stats", schema.mapping_of(_stat)))),
+    Spec(
+        20,
+        OpenSequence,
+        (
+            _EPOCH,
+            _SEQUENCE,
+            ("sampler", schema.mapping_of(_sampling)),
+            _DURATION,
+            ("logits", schema.flag),
+        ),
+        _check_prompt,
+    ),
+    Spec(21, CloseSequence, (_EPOCH, _SEQUENCE)),
+    Spec(30, Step, (_EPOCH, ("rows", schema.rows)), _check_step),
+    Spec(
+        31,
+        Hidden,
+        (_EPOCH, ("rows", schema.rows), _WIDTH, ("activations", schema.activations)),
+        _check_hidden,
+    ),
+    Spec(32, Tokens, (_EPOCH, ("results", schema.results)), _check_tokens),
+    Spec(40, StartEngine, (("config", schema.mapping_of(schema.tree)),)),
+)
+BY_KIND: Final = MappingProxyType({spec.kind: spec for spec in _TABLE})
+BY_TYPE: Final = MappingProxyType({cast(type, spec.make): spec for spec in _TABLE})
+
+LOCAL_KINDS: Final = frozenset(BY_KIND)
+"""What a stage process takes from its own node."""
+NETWORK_KINDS: Final = LOCAL_KINDS - {BY_TYPE[StartEngine].kind}
+"""What may come from another device."""
+
+DEFAULT_PAYLOAD_LIMITS: Final[Mapping[int, int]] = MappingProxyType(
+    {
+        BY_TYPE[OpenSequence].kind: MAX_PROMPT_BYTES,
+        BY_TYPE[Step].kind: MAX_STEP_TOKENS * TOKEN_BYTES,
+    }
+)
+"""Largest payloads before there is a plan: no hidden rows, no logits."""

@@ -1,0 +1,219 @@
+"""The vocabulary: every message that peers exchange, as a frozen dataclass. Pure data.
+
+Nothing here knows kinds, bytes or checks: those are in ``tags``. A message's fields travel as
+one msgpack array in the order of the class; its payload, if it has one, raw behind that.
+
+``epoch`` is the number of a plan, ``sequence`` one request's row of tokens in that epoch,
+``position`` a token's place in its sequence, from 0. docs/protocol.md has the rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from edgellm.types import Activations
+from edgellm.wire.frames import VERSION, Buffer
+from edgellm.wire.schema import Result, Row
+
+PROTOCOL = VERSION
+"""What ``Hello.protocol`` says: both sides must say the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of the side that dialed."""
+
+    protocol: int
+    name: str
+    device_id: str
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The listener's answer to ``Hello``."""
+
+    protocol: int
+    name: str
+    device_id: str
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """Something failed. ``error`` is ``EdgeError.to_dict()``; long texts are cut."""
+
+    epoch: int
+    sequence: int
+    """The sequence it concerns, or -1 when it concerns the whole stage or connection."""
+    error: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryDevice:
+    """Asks for a ``DeviceInfo``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    name: str
+    device_id: str
+    memory_total: int
+    """Bytes."""
+    memory_free: int
+    """Bytes."""
+    cores: int
+    software: str
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStage:
+    """Load layers ``[first, end)`` of a model as stage ``index`` of a new plan."""
+
+    epoch: int
+    index: int
+    stage_count: int
+    first: int
+    end: int
+    layers: int
+    """Of the whole model."""
+    model: dict[str, Any]
+    """Where the tensors come from: ``path``, ``digest``, ``engine``; strings and integers."""
+    settings: dict[str, Any]
+    """``EngineSettings`` as plain data."""
+    next_host: str
+    next_port: int
+    """Of the next stage; 0 for the last one, which answers the coordinator."""
+    width: int
+    """Values in a hidden row."""
+    vocab: int
+    deadline_s: float
+    """Seconds from receipt; clocks differ between devices, durations do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    epoch: int
+    index: int
+    part: str
+    """``fetch``, ``cut``, ``load``, ..."""
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageReady:
+    epoch: int
+    index: int
+    memory_bytes: int
+    timings: dict[str, float]
+    """Seconds by part of the load."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadStage:
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStats:
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    epoch: int
+    index: int
+    stats: dict[str, int | float]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSequence:
+    """Announces a sequence to every stage. Payload: prompt token ids, int32."""
+
+    epoch: int
+    sequence: int
+    sampler: dict[str, Any]
+    """``SamplerSettings`` as plain data; ``logit_bias`` is a list of [token, bias]."""
+    deadline_s: float
+    """Seconds from receipt."""
+    logits: bool
+    """Whether ``Tokens`` carries the logits of this sequence's outputs."""
+    payload: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSequence:
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Tokens into the first stage. Payload: token ids of all rows, int32."""
+
+    epoch: int
+    rows: tuple[Row, ...]
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Hidden rows from one stage to the next. Payload: ``tensors.encode_rows``."""
+
+    epoch: int
+    rows: tuple[Row, ...]
+    width: int
+    activations: Activations
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """From the last stage: a result per row. Payload: none, or float32 logits of the outputs."""
+
+    epoch: int
+    results: tuple[Result, ...]
+    payload: Buffer = b""
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    """A node to its own stage process, over a pipe; never accepted from the network."""
+
+    config: dict[str, Any]
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Ping
+    | Pong
+    | ErrorReport
+    | QueryDevice
+    | DeviceInfo
+    | LoadStage
+    | LoadProgress
+    | StageReady
+    | UnloadStage
+    | QueryStats
+    | StageStats
+    | OpenSequence
+    | CloseSequence
+    | Step
+    | Hidden
+    | Tokens
+    | StartEngine
+)

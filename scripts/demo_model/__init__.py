@@ -1,0 +1,1 @@
+"""The parts of scripts/train_demo_model.py: text, vocabulary, network, file. No part of the edgellm package."""
