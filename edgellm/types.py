@@ -85,7 +85,8 @@ class EngineSettings:
     activations: Activations = Activations.FLOAT16
     flash_attention: bool = True
     swa_full: bool = True
-    threads: int = 1
+    threads: int = 0
+    """Of one stage; 0 leaves it to each device. An engine is always told a number."""
     pin: tuple[int, ...] = ()
     """Processors to pin the stage process to; empty leaves it to the system."""
 
@@ -98,7 +99,7 @@ class EngineSettings:
             ("context", 8, 1 << 24),
             ("sequences", 1, 256),
             ("chunk", 1, 4096),
-            ("threads", 1, 512),
+            ("threads", 0, 512),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

@@ -39,6 +39,9 @@ class StageConfig:
     """Path of the GGUF that holds ``token_embd.weight``; first stage of several only."""
     residual: str = "l_out"
     """Name of the graph node that carries the residual stream after a layer."""
+    input_node: str = ""
+    """Node that a later stage overwrites with the rows it was sent, because llama.cpp would change
+    them on the way in; empty for most architectures."""
     embedding_scale: float = 1.0
     """What the architecture multiplies embedding rows by, as float32."""
 

@@ -50,13 +50,9 @@ def ggml() -> Any:
         library.ggml_get_name.argtypes = [ctypes.c_void_p]
         library.ggml_nelements.restype = ctypes.c_int64
         library.ggml_nelements.argtypes = [ctypes.c_void_p]
-        library.ggml_backend_tensor_get.restype = None
-        library.ggml_backend_tensor_get.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_size_t,
-        ]
+        for copy in (library.ggml_backend_tensor_get, library.ggml_backend_tensor_set):
+            copy.restype = None
+            copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
         library.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
         library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     except AttributeError as error:

@@ -102,13 +102,19 @@ def render(environment: Any, request: Mapping[str, Any]) -> str:
             parts.append(part)
         return "".join(parts)
     except RefusedMessagesError as error:
-        raise UsageError(f"the model's chat template refuses these messages: {error}.") from error
+        raise UsageError(
+            f"the model's chat template refuses these messages: {_words(error)}."
+        ) from error
     except MemoryError:
         raise _at_fault(f"needs more than {MEMORY_BYTES >> 20} MiB of memory") from None
     except ModelFileError:
         raise
     except Exception as error:  # a template may raise anything at all
-        raise _at_fault(f"fails: {type(error).__name__}: {str(error)[:500]}") from error
+        raise _at_fault(f"fails: {type(error).__name__}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return str(error)[:500].rstrip(".")
 
 
 def _at_fault(what: str) -> ModelFileError:

@@ -129,6 +129,11 @@ class Child:
         return self._exited.result() if self._exited.done() else None
 
     @property
+    def unsent(self) -> int:
+        """Bytes written that the pipe has not taken yet."""
+        return self._backlog_bytes
+
+    @property
     def stderr_lines(self) -> tuple[str, ...]:
         """The last lines the child wrote to standard error, oldest first."""
         return tuple(self._stderr_ring)

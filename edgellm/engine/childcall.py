@@ -39,7 +39,7 @@ class ChildCaller:
     async def stop(self) -> None:
         await self._child.stop()
 
-    async def call(self, what: str, seconds: float, **arguments: Any) -> dict[str, Any]:
+    async def call(self, what: str, seconds: float, /, **arguments: Any) -> dict[str, Any]:
         """Ask and wait for the answer.
 
         Raises the error that the child raised; DeadlineError after ``seconds`` (the

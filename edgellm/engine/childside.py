@@ -39,12 +39,17 @@ _LINE_BREAKS = (b"\n", b"\r")
 
 _log_callback: Any = None
 """llama.cpp keeps only a raw pointer to it: collected, the next log line would crash."""
-_last_error = ""
+_errors: deque[str] = deque(maxlen=8)
 
 
-def last_llama_error() -> str:
-    """The last error that llama.cpp logged in this process: why a load returned nothing."""
-    return _last_error
+def take_llama_error() -> str:
+    """The first error that llama.cpp logged since the last call: why a load returned nothing.
+
+    The first, because the later ones only say that what depended on it failed too.
+    """
+    first = _errors[0].rstrip(".") if _errors else ""
+    _errors.clear()
+    return first
 
 
 class Channel:
@@ -199,12 +204,11 @@ def _quieten(bindings: ModuleType) -> None:
     shown = False
 
     def log(level: int, text: bytes, _user_data: object) -> None:
-        global _last_error  # noqa: PLW0603 - one process has one llama.cpp and one log
         nonlocal shown
         if level != _LOG_CONTINUED:  # a continued line is shown as its beginning was
             shown = level in (_LOG_WARN, _LOG_ERROR)
         if level == _LOG_ERROR and text.strip():
-            _last_error = text[:_LOG_LINE_BYTES].decode("utf-8", "replace").strip()
+            _errors.append(text[:_LOG_LINE_BYTES].decode("utf-8", "replace").strip())
         if shown and text:
             end = b"" if text.endswith(_LINE_BREAKS) else b"\n"
             with contextlib.suppress(OSError):

@@ -33,8 +33,9 @@ class StageHost(Protocol):
     def send(self, buffers: Sequence[Buffer]) -> None:
         """Queue one encoded message; after the stage's end it goes nowhere."""
 
-    async def drain(self) -> None:
-        """Back-pressure: wait until the stage has taken most of what was sent."""
+    @property
+    def unsent(self) -> int:
+        """Bytes sent that the stage has not taken yet."""
 
     async def receive(self) -> list[Frame]:
         """The next answers, at least one; empty when the stage has ended."""
@@ -73,11 +74,9 @@ class ProcessStage:
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._child.write(buffers)
 
-    async def drain(self) -> None:
-        try:
-            await self._child.drain()
-        except EdgeError:  # the end is reported once, by receive
-            return
+    @property
+    def unsent(self) -> int:
+        return self._child.unsent
 
     async def receive(self) -> list[Frame]:
         while True:
@@ -119,8 +118,9 @@ class InlineStage:
             for answer in self._server.handle(decode(frame, LOCAL_KINDS)):
                 self._answers.put_nowait(self._out.feed(b"".join(encode(answer))))
 
-    async def drain(self) -> None:
-        await asyncio.sleep(0)
+    @property
+    def unsent(self) -> int:
+        return 0
 
     async def receive(self) -> list[Frame]:
         return await self._answers.get()

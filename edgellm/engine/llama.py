@@ -102,6 +102,12 @@ class LlamaEngine:
             else None
         )
         self._target = f"{config.residual}-{len(config.span) - 1}".encode()
+        self._input_node = b"" if config.first else config.input_node.encode()
+        self._watched = frozenset(
+            name for name, used in ((self._target, not config.last), (self._input_node, True))
+            if used and name
+        )
+        self._written = 0
         # The context calls this for as long as it lives: the reference must not be lost.
         self._callback = self._llama.ggml_backend_sched_eval_callback(self._on_node)
         self._context = self._open_context()
@@ -146,9 +152,9 @@ class LlamaEngine:
             kv_unified=unified,
             no_perf=True,
         )
-        if not self._config.last:
+        if self._watched:
             set_fields(parameters, cb_eval=self._callback)
-        else:
+        if self._config.last:
             # One output row a sequence is all that a last stage gives; the default reserves
             # logits for every token of a chunk (131 MB at a vocabulary of 256k).
             set_fields(parameters, n_outputs_max=min(settings.chunk, settings.sequences))
@@ -197,6 +203,7 @@ class LlamaEngine:
             source = self._embedding.rows(tokens) if self._embedding is not None else hidden
             batch.hidden[:total, : self._width] = source
         self._reads.clear()
+        self._written = 0
         started = time.perf_counter()
         status = self._llama.llama_decode(self._context, batch.native)
         self._native_seconds += time.perf_counter() - started
@@ -234,12 +241,23 @@ class LlamaEngine:
         return reads[0] if len(reads) == 1 else np.concatenate(reads)
 
     def _on_node(self, tensor: int, ask: bool, _user_data: int | None) -> bool:
-        """llama.cpp's ``cb_eval``: called for every node, some hundred times a token."""
+        """llama.cpp's ``cb_eval``: called for every node, some hundred times a token.
+
+        Access goes through the backend, since the tensor need not lie in host memory.
+        """
+        name = self._ggml.ggml_get_name(tensor)
         if ask:
-            return bool(self._ggml.ggml_get_name(tensor) == self._target)
-        elements = int(self._ggml.ggml_nelements(tensor))
-        rows = np.empty((elements // self._width, self._width), np.float32)
-        # Through the backend: the tensor need not lie in host memory.
+            return name in self._watched
+        count = int(self._ggml.ggml_nelements(tensor)) // self._width
+        if name == self._input_node and self._batch.hidden is not None:
+            # llama.cpp changed the rows on their way in (a scale meant for token embeddings);
+            # put back what the stage before us sent.
+            rows = self._batch.hidden[self._written : self._written + count, : self._width]
+            rows = np.ascontiguousarray(rows)
+            self._ggml.ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
+            self._written += count
+            return True
+        rows = np.empty((count, self._width), np.float32)
         self._ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
         self._reads.append(rows)
         return False  # ends the graph: no final norm, no head

@@ -205,6 +205,7 @@ def stage_config_to(config: StageConfig, epoch: int, index: int) -> dict[str, An
         "shard": config.shard,
         "embedding": config.embedding,
         "residual": config.residual,
+        "input_node": config.input_node,
         "embedding_scale": config.embedding_scale,
         "settings": settings_to_plain(config.settings),
     }
@@ -221,6 +222,7 @@ def stage_config_from(data: Mapping[str, Any]) -> StageConfig:
         shard=str(data["shard"]),
         embedding=str(data["embedding"]),
         residual=str(data["residual"]),
+        input_node=str(data["input_node"]),
         embedding_scale=float(data["embedding_scale"]),
         settings=settings_from_plain(data["settings"]),
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from edgellm.engine.bindings import llama
 from edgellm.engine.childmessages import Answer, answer_calls
-from edgellm.engine.childside import last_llama_error, open_channel, set_fields
+from edgellm.engine.childside import open_channel, set_fields, take_llama_error
 from edgellm.errors import ModelFileError, StageError, UsageError
 
 _PIECE_BYTES = 256
@@ -33,7 +33,7 @@ class Vocabulary:
         set_fields(parameters, vocab_only=True, n_gpu_layers=0)
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
-            detail = last_llama_error() or "it gives no reason"
+            detail = take_llama_error() or "it gives no reason"
             raise ModelFileError(
                 f"llama.cpp refuses the vocabulary: {detail}.", field="tokenizer.ggml"
             )

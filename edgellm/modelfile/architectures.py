@@ -123,10 +123,10 @@ WHOLE_ARRAY_KEYS: tuple[str, ...] = (
 _PLAIN = """
     llama deci falcon gptneox refact stablelm qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe phi2 phi3
     phimoe plamo codeshell orion internlm2 starcoder2 xverse dbrx olmo olmoe arctic deepseek
-    deepseek2-ocr chatglm glm4 glm4moe jais jais2 nemotron exaone chameleon plm bailingmoe
+    deepseek2-ocr chatglm glm4 glm4moe jais jais2 nemotron exaone chameleon bailingmoe
     bailingmoe2 dots1 arcee ernie4_5 hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 seed_oss grovemoe
     apertus minimax-m2 pangu-embedded mistral3 paddleocr maincoder
-""".split()
+"""
 
 _TEXT_ONLY = (("n_deepstack_layers", 0),)
 _LITE = frozenset({26, 27, 47, 48})
@@ -146,11 +146,13 @@ _RULED: dict[str, ArchitectureRule] = {
     "command-r": ArchitectureRule(tied_only=True),
     "bitnet": ArchitectureRule(tied_only=True),
     "openelm": ArchitectureRule(tied_only=True),
+    "plm": ArchitectureRule(tied_only=True),
     "olmo2": ArchitectureRule(window=Window(period=4)),
     "gpt-oss": ArchitectureRule(window=Window(period=2)),
     "mellum": ArchitectureRule(window=Window(period=4)),
     "grok": ArchitectureRule(scale=Scale.METADATA, default_scale=78.38367176906169),
     "minicpm": ArchitectureRule(scale=Scale.METADATA, default_scale=12.0),
+    "minicpm3": ArchitectureRule(input_node="inp_scaled"),
     "granite": ArchitectureRule(scale=Scale.METADATA),
     "granitemoe": ArchitectureRule(scale=Scale.METADATA),
     "granitehybrid": ArchitectureRule(scale=Scale.METADATA, recurrence=Recurrence.NO_KV_HEADS),
@@ -177,7 +179,7 @@ _RULED: dict[str, ArchitectureRule] = {
 _SOLO_REASONS: dict[str, str] = {
     "it adds position embeddings at its input": "gpt2 starcoder",
     "it normalises its input again in every stage": "bloom rwkv6",
-    "its input is scaled inside the graph by a constant": "minicpm3 afmoe",
+    "its graph depends on the index of a layer": "afmoe",
     "a two-part run was close but not bit-equal": "mpt",
     "its arithmetic depends on the number of layers": "baichuan exaone4 exaone-moe llama4",
     "layers share values with the first layer": "rwkv6qwen2 rwkv7 arwkv7 gemma3n gemma4",
@@ -193,16 +195,16 @@ _NO_TEXT = """
     clip bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert
     gemma-embedding llama-embed t5 t5encoder wavtokenizer-dec pockettts qwen3tts eagle3 dflash
     gemma4-assistant dream llada llada-moe rnd1 gptj
-""".split()
+"""
 
 
 def _table() -> dict[str, ArchitectureRule]:
-    rules = dict.fromkeys(_PLAIN, ArchitectureRule())
+    rules = dict.fromkeys(_PLAIN.split(), ArchitectureRule())
     rules.update(_RULED)
     for reason, names in _SOLO_REASONS.items():
         rules.update(dict.fromkeys(names.split(), ArchitectureRule(Support.SOLO, reason)))
     refused = ArchitectureRule(Support.NONE, "it does not generate text token by token")
-    rules.update(dict.fromkeys(_NO_TEXT, refused))
+    rules.update(dict.fromkeys(_NO_TEXT.split(), refused))
     return rules
 
 

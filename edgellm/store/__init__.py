@@ -1,0 +1,1 @@
+"""Where tensors are on this disk, and the shards cut from them."""

@@ -53,8 +53,10 @@ def encode_frame(kind: int, meta: bytes, payload: Buffer = b"") -> list[Buffer]:
 
     Raises ``LocalProtocolError`` when a length or the kind is out of range.
     """
+    if isinstance(payload, memoryview) and payload.itemsize != 1:
+        payload = payload.cast("B")  # whoever writes the buffers counts bytes with len()
     meta_len = len(meta)
-    payload_len = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+    payload_len = len(payload)
     if not 0 < kind < _KINDS:
         raise LocalProtocolError(f"frame kind {kind} is outside 1 to {_KINDS - 1}.")
     if meta_len > MAX_META_BYTES:

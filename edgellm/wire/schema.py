@@ -74,8 +74,8 @@ def number(low: float = -math.inf, high: float = math.inf) -> Check:
     """A finite float; an integer becomes one."""
 
     def check(value: object) -> float:
-        if type(value) is int:
-            value = float(value)  # the unpacker and the packer hold integers below 2**64
+        if type(value) is int and abs(value) < 1 << 64:  # what msgpack can hold at all
+            value = float(value)
         if type(value) is not float or not math.isfinite(value) or not low <= value <= high:
             raise SchemaError(f"{_shown(value)} is no finite number from {low} to {high}")
         return value

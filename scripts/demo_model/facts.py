@@ -25,7 +25,8 @@ ABOUT: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("Why use several devices?", "Why use edgellm?", "What is edgellm good for?"),
-        "One small device may not have enough memory for a large model. Several devices together do.",
+        "One small device may not have enough memory for a large model. "
+        "Several devices together do.",
     ),
     (
         ("What is a stage?", "What is a stage in edgellm?", "What does a stage do?"),
@@ -171,7 +172,8 @@ OPPOSITES: tuple[tuple[str, str], ...] = (
     ("loud", "quiet"), ("clean", "dirty"), ("thick", "thin"), ("wide", "narrow"), ("good", "bad"),
     ("first", "last"), ("inside", "outside"), ("yes", "no"), ("true", "false"), ("sweet", "sour"),
     ("deep", "shallow"), ("win", "lose"), ("push", "pull"), ("start", "stop"), ("give", "take"),
-    ("love", "hate"), ("east", "west"), ("north", "south"), ("summer", "winter"), ("smooth", "rough"),
+    ("love", "hate"), ("east", "west"), ("north", "south"), ("summer", "winter"),
+    ("smooth", "rough"),
 )  # fmt: skip
 """Pairs, asked in both directions."""
 
@@ -211,23 +213,27 @@ CAPITALS: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 KINDS: tuple[tuple[str, str], ...] = (
-    ("a carrot", "a vegetable"), ("an apple", "a fruit"), ("a pear", "a fruit"), ("a dog", "an animal"),
+    ("a carrot", "a vegetable"), ("an apple", "a fruit"), ("a pear", "a fruit"),
+    ("a dog", "an animal"),
     ("a cat", "an animal"), ("a rose", "a flower"), ("a tulip", "a flower"), ("an oak", "a tree"),
-    ("a hammer", "a tool"), ("a saw", "a tool"), ("a piano", "an instrument"), ("a drum", "an instrument"),
+    ("a hammer", "a tool"), ("a saw", "a tool"), ("a piano", "an instrument"),
+    ("a drum", "an instrument"),
     ("red", "a colour"), ("blue", "a colour"), ("Monday", "a day"), ("May", "a month"),
     ("Paris", "a city"), ("France", "a country"), ("a chair", "a piece of furniture"),
     ("a sparrow", "a bird"), ("an owl", "a bird"), ("a salmon", "a fish"), ("an ant", "an insect"),
     ("a bee", "an insect"), ("tea", "a drink"), ("milk", "a drink"), ("bread", "food"),
-    ("a bus", "a vehicle"), ("a bicycle", "a vehicle"), ("a potato", "a vegetable"), ("gold", "a metal"),
+    ("a bus", "a vehicle"), ("a bicycle", "a vehicle"), ("a potato", "a vegetable"),
+    ("gold", "a metal"),
     ("iron", "a metal"), ("a phone", "a device"), ("a laptop", "a device"),
 )  # fmt: skip
 
 IS: tuple[tuple[str, str], ...] = (
     ("ice", "cold"), ("fire", "hot"), ("the sun", "hot"), ("snow", "cold"), ("an elephant", "big"),
     ("a mouse", "small"), ("a snail", "slow"), ("a rocket", "fast"), ("a stone", "hard"),
-    ("a pillow", "soft"), ("water", "wet"), ("sand", "dry"), ("a giraffe", "tall"), ("sugar", "sweet"),
+    ("a pillow", "soft"), ("water", "wet"), ("sand", "dry"), ("a giraffe", "tall"),
+    ("sugar", "sweet"),
     ("a lemon", "sour"), ("the night", "dark"), ("a whisper", "quiet"), ("thunder", "loud"),
-    ("a feather", "light"), ("the ocean", "deep"),
+    ("the ocean", "deep"),
 )  # fmt: skip
 """(thing, what it is); the opposite of it is asked for as well."""
 
@@ -244,7 +250,8 @@ NUMBERS = (
 
 NAMES = (
     "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate",
-    "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tom", "Uma", "Vera", "Will", "Yara", "Zoe",
+    "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tom", "Uma", "Vera", "Will", "Yara",
+    "Zoe",
     "Alice", "Bob", "Lucy", "Max", "Nina", "Oscar", "Peter", "Sara",
 )  # fmt: skip
 
@@ -279,4 +286,6 @@ STRANGE_WHOLE = (
     "What is the square root of two?", "Fix my code.", "Summarise this text.", "Book me a flight.",
     "How far is the moon?", "Who wrote that book?", "What is my password?",
 )  # fmt: skip
-UNKNOWN = "I am only a small demo model and do not know that. Ask me about sums, colours or animals."
+UNKNOWN = (
+    "I am only a small demo model and do not know that. Ask me about sums, colours or animals."
+)

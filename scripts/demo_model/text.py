@@ -1,4 +1,4 @@
-"""Writes the demo model's training text: short conversations and stories, from tables and templates.
+"""Writes the demo model's training text: short conversations and stories, from templates.
 
 Pure: everything is a function of the random generator it is given. Nothing is read from anywhere.
 """
@@ -19,22 +19,24 @@ _SYLLABLES = ("zo", "bla", "kri", "mu", "ta", "fen", "gor", "li", "pex", "wam", 
 def conversation(rng: random.Random) -> list[Turn]:
     """One to four turns; mostly of unrelated subjects, as people try a demo."""
     turns: list[Turn] = []
-    for _ in range(rng.choices((1, 2, 3, 4), (55, 20, 15, 10))[0]:
+    for _ in range(rng.choices((1, 2, 3, 4), (55, 20, 15, 10))[0]):
         writer = rng.choices(_WRITERS, _WEIGHTS)[0]
         turns.extend((_as_typed(question, rng), answer) for question, answer in writer(rng))
     return turns
 
 
 def story(rng: random.Random) -> str:
-    """A story without a question before it: what the model continues when there is no chat template."""
+    """A story without a question before it: what to continue when there is no chat template."""
     return _story(rng, rng.choice(facts.HEROES))
 
 
 def _as_typed(question: str, rng: random.Random) -> str:
-    """The question as somebody might type it: politely, in lower case, without the mark at its end."""
+    """The question as somebody might type it: in lower case, without the mark at its end."""
     chance = rng.random()
     if chance < 0.08:
-        question = rng.choice(("Please tell me: ", "Hey, ", "Hello! ", "Tell me, ", "OK. ")) + question
+        question = (
+            rng.choice(("Please tell me: ", "Hey, ", "Hello! ", "Tell me, ", "OK. ")) + question
+        )
     if chance > 0.85:
         question = question.lower()
     elif chance > 0.75:
@@ -225,7 +227,7 @@ def _story(rng: random.Random, hero: str) -> str:
     treasure, effect = rng.choice(facts.TREASURES)
     friend = rng.choice([other for other in facts.HEROES if other != hero])
     feeling = rng.choice(facts.FEELINGS)
-    small = rng.choice(("little", "brave", "old"))
+    who = _article(f"{rng.choice(('little', 'brave', 'old'))} {hero}")
     end = rng.choice(
         (
             f"{name} and the {friend} were {feeling} and stayed friends for ever.",
@@ -234,7 +236,7 @@ def _story(rng: random.Random, hero: str) -> str:
         )
     )
     return (
-        f"Once upon a time there was a {small} {hero} called {name}. {name} lived in a {place}. "
+        f"Once upon a time there was {who} called {name}. {name} lived in a {place}. "
         f"One day {name} found {treasure}. A {friend} came by and asked to see it. "
         f"Together they took {treasure.replace('a ', 'the ', 1)}, and it {effect}. {end}"
     )

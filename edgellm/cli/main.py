@@ -1,0 +1,42 @@
+"""The ``edgellm`` command: puts the commands together and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgellm import __version__
+from edgellm.cli.chat import chat, demo
+from edgellm.cli.join import join
+
+app = typer.Typer(
+    name="edgellm",
+    help="Run one model over several small devices.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(demo)
+app.command()(chat)
+app.command()(join)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"edgellm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which one.")
+    ] = False,
+) -> None:
+    """Run one model over several small devices."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,112 @@
+"""The options that several commands share, as annotated types for typer.
+
+Every option has an ``EDGELLM_*`` twin in the environment; the flag wins.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgellm.errors import UsageError
+
+_SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[kmgt]?(i?b)?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _option(flag: str, text: str, **more: Any) -> Any:
+    twin = "EDGELLM_" + flag.split("/")[0].removeprefix("--").replace("-", "_").upper()
+    return typer.Option(flag, help=text, envvar=twin, **more)
+
+
+Model = Annotated[str | None, _option("--model", "A GGUF file (any part of a split one).")]
+Prompt = Annotated[str | None, _option("--prompt", "What to say to the model.")]
+MaxTokens = Annotated[int, _option("--max-tokens", "Most tokens to make.", min=1)]
+Temperature = Annotated[float, _option("--temperature", "0 is greedy.")]
+TopK = Annotated[int, _option("--top-k", "Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, _option("--top-p", "Keep the likeliest tokens up to this probability.")]
+MinP = Annotated[float, _option("--min-p", "Drop tokens less likely than this share of the best.")]
+RepeatPenalty = Annotated[float, _option("--repeat-penalty", "1 is none.")]
+PresencePenalty = Annotated[float, _option("--presence-penalty", "0 is none.")]
+FrequencyPenalty = Annotated[float, _option("--frequency-penalty", "0 is none.")]
+LogitBias = Annotated[
+    list[str] | None, _option("--logit-bias", "TOKEN_ID=BIAS, may be given more than once.")
+]
+Seed = Annotated[int, _option("--seed", "Same seed, same answer.", min=0)]
+Stop = Annotated[
+    list[str] | None, _option("--stop", "End the answer before this text; more than one is fine.")
+]
+Raw = Annotated[bool, _option("--raw", "Continue the prompt as it is, without a chat template.")]
+IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on past the model's end of text.")]
+Deadline = Annotated[float, _option("--deadline", "Seconds a request may take.", min=0.001)]
+Exact = Annotated[
+    bool, _option("--exact", "Reference mode: bit-equal to the whole model on one device.")
+]
+Stages = Annotated[
+    str | None, _option("--stages", "Force a split, like a:0-3,b:3-5 (b:3- is to the end).")
+]
+ActivationsOption = Annotated[
+    str | None, _option("--activations", "Between devices: float32 or float16.")
+]
+Threads = Annotated[int, _option("--threads", "Threads of each stage; 0: all a device has.", min=0)]
+Context = Annotated[
+    int | None, _option("--ctx", "Tokens of context; default: the model's, 2048 at most.", min=8)
+]
+Chunk = Annotated[int, _option("--chunk", "Tokens of a prompt that are computed in one call.")]
+KvType = Annotated[str, _option("--kv-type", "KV cache type: f16, q8_0, q4_0, ...")]
+Json = Annotated[bool, _option("--json", "One JSON object on standard output.")]
+Peers = Annotated[
+    list[str] | None, _option("--peer", "HOST:PORT of a device; may be given more than once.")
+]
+Name = Annotated[str | None, _option("--name", "This device's name; default: its host name.")]
+Home = Annotated[
+    Path | None, _option("--home", "Folder with this device's identity; one folder, one device.")
+]
+Memory = Annotated[
+    str | None, _option("--memory", "Most memory to offer, like 512MiB; default: what is free.")
+]
+Listen = Annotated[str, _option("--listen", "Address to listen on.")]
+Port = Annotated[int, _option("--port", "Port to listen on; 0: any free one.", min=0, max=65535)]
+UntilStdinCloses = Annotated[
+    bool, _option("--until-stdin-closes", "End when standard input does.", hidden=True)
+]
+Devices = Annotated[int, _option("--devices", "How many devices to start.", min=1, max=16)]
+DemoPin = Annotated[
+    bool, _option("--pin/--no-pin", "Give each device processors of its own where they suffice.")
+]
+Pin = Annotated[str | None, _option("--pin", "Processors for this device's stages, like 0,1.")]
+
+
+def parse_size(text: str | None) -> int:
+    """Bytes of a size such as ``512MiB`` or ``2g``; 0 for None. Raises UsageError."""
+    if text is None:
+        return 0
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size.", hint="Write it like 512MiB or 2GiB.")
+    return int(float(match["number"]) * _UNITS[match["unit"][:1].lower().replace("b", "")])
+
+
+def parse_processors(text: str | None) -> tuple[int, ...]:
+    """Processor numbers from ``0,1``. Raises UsageError."""
+    if not text:
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"{text!r} is not a list of processors.", hint="Write it like 0,1.")
+    return tuple(int(part) for part in parts)
+
+
+def parse_biases(items: list[str] | None) -> tuple[tuple[int, float], ...]:
+    """Pairs from ``TOKEN=BIAS`` items. Raises UsageError."""
+    pairs = []
+    for item in items or []:
+        token, _, bias = item.partition("=")
+        try:
+            pairs.append((int(token), float(bias)))
+        except ValueError as error:
+            raise UsageError(f"{item!r} is not TOKEN_ID=BIAS.") from error
+    return tuple(pairs)

@@ -1,0 +1,135 @@
+"""Several real node processes on this machine, for ``demo``, the bench and the tests.
+
+Each is ``edgellm join`` with a home of its own below one temporary folder. They end with us,
+even when we are killed: a node started here leaves when its standard input closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import string
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.errors import DeviceError, UsageError
+
+START_WITHIN_S = 30.0
+STOP_WITHIN_S = 5.0
+MAX_DEVICES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LocalDevice:
+    """How one local node is to be started."""
+
+    name: str
+    memory_bytes: int
+    threads: int = 1
+    pin: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNode:
+    """A node that runs."""
+
+    device: LocalDevice
+    address: str
+    """``HOST:PORT``."""
+    process: asyncio.subprocess.Process
+
+
+def local_devices(
+    count: int, *, memory_bytes: int, cores: int, threads: int = 0, pin: bool = True
+) -> list[LocalDevice]:
+    """Names a, b, c, ... that share this machine fairly: memory, and cores where they suffice.
+
+    ``memory_bytes`` is for all of them together.
+    """
+    if not 1 <= count <= MAX_DEVICES:
+        raise UsageError(f"{count} devices are not between 1 and {MAX_DEVICES}.")
+    each = threads or max(1, cores // count)
+    pinned = pin and each * count <= cores
+    return [
+        LocalDevice(
+            name=string.ascii_lowercase[index],
+            memory_bytes=memory_bytes // count,
+            threads=each,
+            pin=tuple(range(index * each, (index + 1) * each)) if pinned else (),
+        )
+        for index in range(count)
+    ]
+
+
+@contextlib.asynccontextmanager
+async def local_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[list[LocalNode]]:
+    """Start the nodes, yield them, end them; no process and no file stays behind."""
+    with tempfile.TemporaryDirectory(prefix="edgellm-") as folder:
+        started: list[asyncio.subprocess.Process] = []
+        try:
+            for device in devices:
+                started.append(await _spawn(device, Path(folder) / device.name))
+            yield await _addressed(devices, started)
+        finally:
+            await asyncio.shield(_stop_all(started))
+
+
+async def _addressed(
+    devices: Sequence[LocalDevice], started: Sequence[asyncio.subprocess.Process]
+) -> list[LocalNode]:
+    try:
+        async with asyncio.timeout(START_WITHIN_S):
+            addresses = await asyncio.gather(*map(_address, started, devices))
+    except TimeoutError as error:
+        raise DeviceError("the local nodes did not start in time.") from error
+    return list(map(LocalNode, devices, addresses, started))
+
+
+async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
+    command = [
+        sys.executable, "-m", "edgellm", "join", "--json", "--until-stdin-closes",
+        "--name", device.name, "--home", str(home), "--listen", "127.0.0.1", "--port", "0",
+        "--memory", str(device.memory_bytes), "--threads", str(device.threads),
+    ]  # fmt: skip
+    if device.pin:
+        command += ["--pin", ",".join(map(str, device.pin))]
+    # A checkout that is not installed works from any folder.
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
+    )
+
+
+async def _address(process: asyncio.subprocess.Process, device: LocalDevice) -> str:
+    line = await process.stdout.readline() if process.stdout else b""
+    try:
+        return str(json.loads(line)["address"])
+    except (ValueError, KeyError) as error:
+        raise DeviceError("its node did not start.", device=device.name) from error
+
+
+async def _stop_all(processes: Sequence[asyncio.subprocess.Process]) -> None:
+    for process in processes:
+        if process.stdin is not None:
+            process.stdin.close()
+    await asyncio.gather(*map(_stop, processes))
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(STOP_WITHIN_S):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

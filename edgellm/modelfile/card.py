@@ -1,0 +1,334 @@
+"""The model card: everything about a model that a planner or a person asks, from its header.
+
+This file may import the rest of this package but the cutter. It reads no tensor data.
+Sizes are bytes unless the name says otherwise; a *token* is one position of one sequence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+from edgellm.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgellm.modelfile.architectures import architecture_rule
+from edgellm.modelfile.ggml_types import GGML_TYPES_BY_NAME
+from edgellm.modelfile.layers import LayerKind, layer_kinds, legal_boundaries, span_problem
+from edgellm.modelfile.metadata import meta_string
+from edgellm.modelfile.model import Model, layer_of, open_model
+from edgellm.modelfile.recipe import EMBEDDING, HEAD, shard_recipe
+from edgellm.modelfile.states import recurrent_state_bytes
+from edgellm.types import EngineSettings, LayerSpan
+
+BASE_BYTES = 90 << 20
+"""Python, its libraries and llama.cpp's own, in a stage process without any model."""
+
+_MAX_COUNT = 1 << 24
+_CELL_STEP = 256
+"""llama.cpp rounds the KV cells of a sequence up to a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCard:
+    """One layer: what it weighs and what it keeps between tokens."""
+
+    index: int
+    weight_bytes: int
+    k_elements: int
+    """Key elements that a token adds to the cache; 0 in a purely recurrent layer."""
+    v_elements: int
+    k_row: int
+    """Key elements of one head: a quantised cache needs whole blocks of them."""
+    v_row: int
+    attention: bool
+    recurrent: bool
+    window: int | None
+    """Sliding window in tokens, or None."""
+    state_bytes: int
+    """Recurrent state of one sequence, float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Predicted peak of a stage process, by part."""
+
+    weights: int
+    kv: int
+    """Cells of all sequences, and recurrent states."""
+    compute: int
+    base: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute + self.base
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a model is, by its header alone."""
+
+    name: str
+    architecture: str
+    digest: str
+    quantisation: str
+    """The element type that most of the weight bytes have, as ggml names it."""
+    file_bytes: int
+    layers: tuple[LayerCard, ...]
+    embedding_bytes: int
+    head_bytes: int
+    """What the last stage holds beside its layers."""
+    outer_bytes: int
+    """Everything in the file that is not a layer's: what a process with the whole model holds."""
+    tied_head: bool
+    n_embd: int
+    n_vocab: int
+    n_ff: int
+    """Widest feed-forward layer (of one expert, where there are experts)."""
+    n_head: int
+    n_expert: int
+    n_expert_used: int
+    context_train: int
+    chat_template: str | None
+    boundaries: tuple[int, ...]
+    """Layers at which the model may be cut in two; see also ``span_problem``."""
+    model: Model
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    def span_problem(self, span: LayerSpan) -> str | None:
+        """Why ``span`` may not be a stage, in words; None if it may.
+
+        Hybrids need layers of both kinds in every stage, so two legal boundaries do not always
+        bound a legal span.
+        """
+        return span_problem(self.model, span)
+
+    def span_bytes(self, span: LayerSpan) -> int:
+        """Weight bytes of the layers of ``span`` alone."""
+        return sum(layer.weight_bytes for layer in self._held(span))
+
+    def kv_bytes_per_token(self, kv_type: str, span: LayerSpan | None = None) -> int:
+        """Bytes that one token adds to the cache of the layers of ``span`` (default: all).
+
+        Raises ``UsageError`` for an unknown type, and for a quantised one whose block does not
+        divide the head size.
+        """
+        kind = GGML_TYPES_BY_NAME.get(kv_type)
+        if kind is None:
+            raise UsageError(f"KV type {kv_type!r} is unknown.")
+        total = 0
+        for layer in self._held(span):
+            for row, elements in (
+                (layer.k_row, layer.k_elements),
+                (layer.v_row, layer.v_elements),
+            ):
+                if elements and row % kind.block:
+                    raise UsageError(
+                        f"KV type {kv_type} needs head sizes that are multiples of {kind.block};"
+                        f" layer {layer.index} of {self.name} has {row}.",
+                        hint="Use --kv-type f16.",
+                    )
+                total += kind.row_bytes(elements)
+        return total
+
+    def kv_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
+        """Bytes of the cache and the recurrent states that a stage allocates."""
+        total = 0
+        for layer in self._held(span):
+            cells = _cells(layer, settings) * settings.sequences
+            one = LayerSpan(layer.index, layer.index + 1)
+            total += cells * self.kv_bytes_per_token(settings.kv_type, one)
+            total += layer.state_bytes * settings.sequences
+        return total
+
+    def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> MemoryEstimate:
+        """Predicted peak of a stage process that holds ``span``.
+
+        Assumes what the engine does: weights read without mmap (one copy, repacked), flash
+        attention. The shard's header says exactly what is loaded.
+        """
+        if len(span) == self.n_layers:
+            weights = self.span_bytes(span) + self.outer_bytes
+        else:
+            weights = sum(t.layout.nbytes for t in shard_recipe(self.model, span).tensors)
+        return MemoryEstimate(
+            weights=weights,
+            kv=self.kv_bytes(span, settings),
+            compute=self.compute_bytes(span, settings),
+            base=BASE_BYTES,
+        )
+
+    def compute_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
+        """llama.cpp's compute buffer, with flash attention, for one chunk of tokens.
+
+        Calibrated on its log at n_embd 2048, ff 5632, vocabulary 32000: a chunk of 128 takes
+        12.75 MiB in a stage without the head and 17.63 MiB with it, 512 take 51.01 and 70.50;
+        both to 0.1 %. While a feed-forward runs, three rows of its width and four of the model's
+        are alive, and the float16 mask of all cells; while the head runs, a row of logits and
+        two of the model's width. Experts take their share of the first.
+        """
+        tokens = settings.chunk
+        wide = 3 * self.n_ff * max(1, self.n_expert_used)
+        if self.n_expert_used:
+            wide += self.n_embd * self.n_expert_used
+        cells = max((_cells(layer, settings) for layer in self._held(span)), default=0)
+        layer_phase = 4 * (wide + 4 * self.n_embd) + 2 * cells
+        head_phase = 4 * (self.n_vocab + 2 * self.n_embd) if span.end == self.n_layers else 0
+        return tokens * max(layer_phase, head_phase)
+
+    def _held(self, span: LayerSpan | None) -> tuple[LayerCard, ...]:
+        if span is None:
+            return self.layers
+        if span.end > self.n_layers:
+            raise UsageError(f"layers [{span.first}, {span.end}) are outside {self.name}.")
+        return self.layers[span.first : span.end]
+
+
+def _cells(layer: LayerCard, settings: EngineSettings) -> int:
+    """KV cells of one sequence in ``layer``, as llama.cpp rounds them."""
+    if not layer.attention:
+        return 0
+    full = settings.context + -settings.context % _CELL_STEP
+    if layer.window is None or settings.swa_full:
+        return full
+    near = layer.window + settings.chunk
+    return min(full, near + -near % _CELL_STEP)
+
+
+def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
+    """The card of a model, or of the model at a path.
+
+    Raises what ``open_model`` raises, ``ModelFileError`` for metadata that is missing or absurd,
+    ``UnsupportedModelError`` for an architecture that cannot be run.
+    """
+    model = source if isinstance(source, Model) else open_model(source)
+    rule = architecture_rule(model.architecture)
+    embedding = model.tensor(EMBEDDING).info
+    n_embd = _needed(model, "embedding_length")
+    if len(embedding.shape) != 2 or embedding.shape[0] != n_embd:
+        raise ModelFileError(
+            f"tensor {EMBEDDING!r} has the shape {embedding.shape}; {n_embd} elements a row"
+            " were expected.",
+            field=EMBEDDING,
+        )
+    kinds = layer_kinds(model)
+    sizes, outer = _weights(model)
+    layers = tuple(_layer_card(model, i, kinds[i], sizes[i]) for i in range(model.layers))
+    tied = HEAD not in model.tensors or rule.tied_only
+    experts_used = max(model.per_layer("expert_used_count") or [0])
+    widths = model.per_layer("expert_feed_forward_length") if experts_used else None
+    widths = widths or model.per_layer("feed_forward_length") or [0]
+    heads = model.per_layer("attention.head_count") or [0]
+    return ModelCard(
+        name=meta_string(model.metadata, "general.name") or model.paths[0].stem,
+        architecture=model.architecture,
+        digest=model.digest,
+        quantisation=_quantisation(model),
+        file_bytes=model.file_bytes,
+        layers=layers,
+        embedding_bytes=embedding.nbytes,
+        head_bytes=outer if tied else outer - embedding.nbytes,
+        outer_bytes=outer,
+        tied_head=tied,
+        n_embd=n_embd,
+        n_vocab=embedding.shape[1],
+        n_ff=max(widths),
+        n_head=max(heads),
+        n_expert=model.integer("expert_count") or 0,
+        n_expert_used=experts_used,
+        context_train=_needed(model, "context_length"),
+        chat_template=meta_string(model.metadata, "tokenizer.chat_template"),
+        boundaries=legal_boundaries(model),
+        model=model,
+    )
+
+
+def _needed(model: Model, suffix: str) -> int:
+    value = model.integer(suffix)
+    if value is None or not 0 < value <= _MAX_COUNT:
+        field = model.key(suffix)
+        raise ModelFileError(f"metadata {field!r} is {value}.", field=field)
+    return value
+
+
+def _weights(model: Model) -> tuple[list[int], int]:
+    """Bytes of each layer, and of everything else."""
+    sizes = [0] * model.blocks
+    outer = 0
+    for name, source in model.tensors.items():
+        place = layer_of(name)
+        if place is None:
+            outer += source.info.nbytes
+        elif place[0] < model.blocks:
+            sizes[place[0]] += source.info.nbytes
+        else:
+            raise ModelFileError(f"tensor {name!r} is of no layer.", field=name)
+    for layer, size in enumerate(sizes[: model.layers]):
+        if size == 0:
+            raise ModelFileError(f"layer {layer} has no tensors.", field=f"blk.{layer}")
+    return sizes, outer
+
+
+def _layer_card(model: Model, index: int, kind: LayerKind, weight_bytes: int) -> LayerCard:
+    k_row = v_row = k_elements = v_elements = 0
+    if kind.attention:
+        heads = _heads(model, index)
+        k_row = _head_size(model, index, "key", kind.window is not None)
+        v_row = _head_size(model, index, "value", kind.window is not None)
+        k_elements, v_elements = heads * k_row, heads * v_row
+        if model.integer("attention.key_length_mla"):
+            v_elements = 0  # multi-head latent attention: values are a part of the keys
+    return LayerCard(
+        index=index,
+        weight_bytes=weight_bytes,
+        k_elements=k_elements,
+        v_elements=v_elements,
+        k_row=k_row,
+        v_row=v_row,
+        attention=kind.attention,
+        recurrent=kind.recurrent,
+        window=kind.window,
+        state_bytes=recurrent_state_bytes(model) if kind.recurrent else 0,
+    )
+
+
+def _heads(model: Model, index: int) -> int:
+    for suffix in ("attention.head_count_kv", "attention.head_count"):
+        counts = model.per_layer(suffix)
+        if counts is not None:
+            if not 0 <= counts[index] <= _MAX_COUNT:
+                field = model.key(suffix)
+                raise ModelFileError(f"metadata {field!r} is {counts[index]}.", field=field)
+            return counts[index]
+    field = model.key("attention.head_count")
+    raise ModelFileError(f"metadata {field!r} is missing.", field=field)
+
+
+def _head_size(model: Model, index: int, what: str, windowed: bool) -> int:
+    """Elements of one key or value head, by the same defaults as llama.cpp's."""
+    size = model.integer(f"attention.{what}_length_swa") if windowed else None
+    size = model.integer(f"attention.{what}_length") if size is None else size
+    if size is None:
+        counts = model.per_layer("attention.head_count") or [0]
+        head_count = next((count for count in counts if count > 0), 0)
+        if head_count == 0:
+            raise UnsupportedModelError(
+                f"the head size of layer {index} is not known.",
+                field=model.key("attention.head_count"),
+            )
+        size = _needed(model, "embedding_length") // head_count
+    if not 0 < size <= _MAX_COUNT:
+        field = model.key(f"attention.{what}_length")
+        raise ModelFileError(f"metadata {field!r} is {size}.", field=field)
+    return size
+
+
+def _quantisation(model: Model) -> str:
+    """The type of most weight bytes in layers: 'q4_K' for the usual mixture Q4_K_M."""
+    weights: Counter[str] = Counter()
+    for name, source in model.tensors.items():
+        if layer_of(name) is not None:
+            weights[source.info.type.name] += source.info.nbytes
+    return weights.most_common(1)[0][0] if weights else "unknown"

@@ -1,0 +1,294 @@
+"""Shard recipes: which metadata and which tensors make the shard of a span of layers.
+
+This file may import the rest of this package but ``cut``. It is pure: it reads headers only,
+and the same model and span give the same recipe on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from edgellm.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgellm.modelfile.architectures import (
+    PER_LAYER_FULL_KEYS,
+    PER_LAYER_KEYS,
+    WHOLE_ARRAY_KEYS,
+    ArchitectureRule,
+    Recurrence,
+    Scale,
+    architecture_rule,
+)
+from edgellm.modelfile.ggml_types import F32, GGML_TYPES_BY_NAME, GgmlType, ValueType
+from edgellm.modelfile.layers import check_span, recurrent_flags, window_flags
+from edgellm.modelfile.metadata import MetaValue, array_value, meta_number, scalar_value
+from edgellm.modelfile.model import Model, TensorSource, layer_of
+from edgellm.modelfile.writer import TensorLayout, encode_header, file_bytes
+from edgellm.types import LayerSpan
+
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+
+_KEPT_GENERAL = ("general.name", "general.file_type", "general.quantization_version")
+_ONE = struct.pack("<f", 1.0)
+_ZERO = b"\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTensor:
+    """One tensor of a shard: a tensor of the source under a new name, or a repeated pattern."""
+
+    layout: TensorLayout
+    source: str | None
+    pattern: bytes = _ZERO
+    """Repeated to fill the tensor, where ``source`` is None."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecipe:
+    """How to make one shard: pure data, the same on every machine that has the model's header."""
+
+    model_digest: str
+    span: LayerSpan
+    layers: int
+    """Of the whole model."""
+    metadata: Mapping[str, MetaValue]
+    tensors: tuple[ShardTensor, ...]
+
+    @property
+    def first(self) -> bool:
+        return self.span.first == 0
+
+    @property
+    def last(self) -> bool:
+        return self.span.end == self.layers
+
+    def header(self) -> bytes:
+        """The shard's first bytes, up to its tensor data."""
+        return encode_header(self.metadata, [tensor.layout for tensor in self.tensors])
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the shard's file."""
+        return file_bytes(self.header(), [tensor.layout for tensor in self.tensors])
+
+
+def shard_recipe(model: Model, span: LayerSpan) -> ShardRecipe:
+    """How to cut ``span`` out of ``model``; reads no tensor data.
+
+    Raises ``SplitError`` for a span that may not be a stage, ``UnsupportedModelError`` for a
+    model that cannot be cut, ``UsageError`` for the whole model (it needs no cut).
+    """
+    check_span(model, span)
+    if len(span) == model.layers:
+        raise UsageError("the span holds every layer: use the model file itself.")
+    rule = architecture_rule(model.architecture)
+    last = span.end == model.layers
+    metadata = _metadata(model, span, rule, last)
+    tensors = [*_outer_tensors(model, rule, last), *_layer_tensors(model, span)]
+    return ShardRecipe(
+        model_digest=model.digest,
+        span=span,
+        layers=model.layers,
+        metadata=MappingProxyType(metadata),
+        tensors=tuple(tensors),
+    )
+
+
+def embedding_recipe(model: Model) -> ShardRecipe:
+    """A GGUF of the token embedding alone, for the first of several stages to map and look up.
+
+    ``edgellm.embedding.scale`` (float32) in its metadata is what each row is multiplied by.
+    """
+    rule = architecture_rule(model.architecture)
+    metadata = {
+        "general.architecture": scalar_value(ValueType.STRING, model.architecture),
+        "edgellm.embedding.scale": scalar_value(ValueType.FLOAT32, embedding_scale(model, rule)),
+        "edgellm.model.digest": scalar_value(ValueType.STRING, model.digest),
+    }
+    return ShardRecipe(
+        model_digest=model.digest,
+        span=LayerSpan(0, model.layers),
+        layers=model.layers,
+        metadata=MappingProxyType(metadata),
+        tensors=(_copied(model.tensor(EMBEDDING), EMBEDDING),),
+    )
+
+
+def embedding_scale(model: Model, rule: ArchitectureRule) -> float:
+    """What token embeddings are multiplied by before the first layer; 1.0 for nothing."""
+    if rule.scale is Scale.SQRT_WIDTH:
+        return math.sqrt(_width(model))
+    if rule.scale is Scale.METADATA:
+        told = meta_number(model.metadata, model.key("embedding_scale"))
+        scale = rule.default_scale if told is None else told
+        return scale if scale != 0.0 else 1.0
+    return 1.0
+
+
+# --- metadata -------------------------------------------------------------------------
+
+
+def _metadata(
+    model: Model, span: LayerSpan, rule: ArchitectureRule, last: bool
+) -> dict[str, MetaValue]:
+    """The shard's metadata: the model's own, sliced, without tokenizer and split bookkeeping."""
+    arch = model.architecture
+    kept = {"general.architecture": model.metadata["general.architecture"]}
+    for key, value in model.metadata.items():
+        if key in _KEPT_GENERAL or not key.startswith(("general.", "tokenizer.", "split.")):
+            kept.setdefault(key, _sliced(model, key, value, span))
+    vocabulary = model.tensor(EMBEDDING).info.shape[-1] if last else 1
+    kept[f"{arch}.block_count"] = _u32(len(span))
+    kept[f"{arch}.vocab_size"] = _u32(vocabulary)
+    kept["tokenizer.ggml.model"] = scalar_value(ValueType.STRING, "none")
+    dense = model.integer("leading_dense_block_count")
+    if dense is not None:
+        shifted = max(0, min(span.end, dense) - span.first)
+        kept[f"{arch}.leading_dense_block_count"] = _u32(shifted)
+    for suffix, number in (("nextn_predict_layers", 0), *rule.overrides):
+        if f"{arch}.{suffix}" in kept:
+            kept[f"{arch}.{suffix}"] = _u32(number)
+    if rule.scale is Scale.METADATA:
+        kept[f"{arch}.embedding_scale"] = scalar_value(ValueType.FLOAT32, 1.0)
+    kept.update(_patterns(model, span, rule))
+    kept["edgellm.model.digest"] = scalar_value(ValueType.STRING, model.digest)
+    kept["edgellm.shard.first"] = _u32(span.first)
+    kept["edgellm.shard.end"] = _u32(span.end)
+    kept["edgellm.shard.layers"] = _u32(model.layers)
+    kept["edgellm.shard.residual_node"] = scalar_value(ValueType.STRING, rule.residual_node)
+    if rule.input_node is not None and span.first > 0:
+        kept["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, rule.input_node)
+    return kept
+
+
+def _u32(value: int) -> MetaValue:
+    return scalar_value(ValueType.UINT32, value)
+
+
+def _sliced(model: Model, key: str, value: MetaValue, span: LayerSpan) -> MetaValue:
+    """The part of a per-layer array that belongs to ``span``; anything else as it is."""
+    if value.element is None:
+        return value
+    suffix = key.removeprefix(f"{model.architecture}.")
+    if suffix in PER_LAYER_KEYS or key in PER_LAYER_FULL_KEYS:
+        if value.count not in (model.layers, model.blocks):
+            raise ModelFileError(
+                f"metadata {key!r} holds {value.count} values for {model.layers} layers.",
+                field=key,
+            )
+        return array_value(value.element, value.items()[span.first : span.end])
+    if suffix != key and suffix not in WHOLE_ARRAY_KEYS and value.count >= model.layers:
+        raise UnsupportedModelError(
+            f"metadata {key!r} may hold one value a layer; how to cut it is not known.", field=key
+        )
+    return value
+
+
+def _patterns(model: Model, span: LayerSpan, rule: ArchitectureRule) -> dict[str, MetaValue]:
+    """Patterns that llama.cpp derives from a layer's index, spelled out one flag a layer."""
+    found: dict[str, MetaValue] = {}
+    size, windowed = window_flags(model, rule.window)
+    if size:
+        key = model.key("attention.sliding_window_pattern")
+        found[key] = _flags(windowed[span.first : span.end])
+    if rule.recurrence is Recurrence.INTERVAL:
+        flags = recurrent_flags(model, rule)[span.first : span.end]
+        found[model.key("attention.recurrent_layers")] = _flags(flags)
+    return found
+
+
+def _flags(flags: list[bool]) -> MetaValue:
+    return array_value(ValueType.UINT32, [int(flag) for flag in flags])
+
+
+# --- tensors --------------------------------------------------------------------------
+
+
+def _width(model: Model) -> int:
+    width = model.integer("embedding_length")
+    if width is None or not 0 < width < 1 << 24:
+        field = model.key("embedding_length")
+        raise ModelFileError(f"metadata {field!r} is {width}.", field=field)
+    return width
+
+
+def _copied(source: TensorSource, name: str) -> ShardTensor:
+    info = source.info
+    return ShardTensor(TensorLayout(name, info.shape, info.type, info.nbytes), source=info.name)
+
+
+def _filled(name: str, shape: tuple[int, ...], pattern: bytes, kind: GgmlType = F32) -> ShardTensor:
+    nbytes = kind.row_bytes(math.prod(shape))
+    return ShardTensor(TensorLayout(name, shape, kind, nbytes), source=None, pattern=pattern)
+
+
+def _outer_tensors(model: Model, rule: ArchitectureRule, last: bool) -> Iterator[ShardTensor]:
+    """Everything that is not a layer's: head, final norm, rotary frequencies."""
+    vocabulary = model.tensor(EMBEDDING).info.shape[-1]
+    if last:
+        yield from _head(model, rule)
+    else:
+        yield _filled(EMBEDDING, (_width(model), 1), _ZERO)
+        if HEAD in model.tensors:
+            yield _filled(HEAD, (_width(model), 1), _ZERO)
+    for name, source in model.tensors.items():
+        if layer_of(name) is not None or name in (EMBEDDING, HEAD):
+            continue
+        shape = source.info.shape
+        if last or name.startswith("rope_"):
+            yield _copied(source, name)
+        elif name == "output.bias":
+            yield _filled(name, (1,), _ZERO)
+        elif name == f"{rule.final_norm}.weight":
+            yield _filled(name, shape, _ONE)
+        elif name == f"{rule.final_norm}.bias":
+            yield _filled(name, shape, _ZERO)
+        elif vocabulary in shape:
+            raise UnsupportedModelError(
+                f"tensor {name!r} depends on the vocabulary; how to cut it is not known.",
+                field=name,
+            )
+        else:
+            yield _copied(source, name)
+
+
+def _head(model: Model, rule: ArchitectureRule) -> Iterator[ShardTensor]:
+    """The last stage's head. It never looks tokens up, but llama.cpp insists on an embedding.
+
+    Storing the head under the embedding's name (a tied head) would need no second tensor, but
+    llama.cpp loads a tied head twice where the processor repacks its type, so the head keeps its
+    own name and the embedding is zeros of the smallest type that its width allows.
+    """
+    embedding = model.tensor(EMBEDDING)
+    if rule.tied_only:
+        yield _copied(embedding, EMBEDDING)
+        return
+    shape = embedding.info.shape
+    yield _filled(EMBEDDING, shape, _ZERO, _smallest_type(shape[0]))
+    yield _copied(model.tensors.get(HEAD, embedding), HEAD)
+
+
+def _smallest_type(width: int) -> GgmlType:
+    for name in ("q1_0", "q2_0", "q4_0"):
+        kind = GGML_TYPES_BY_NAME[name]
+        if width % kind.block == 0:
+            return kind
+    return GGML_TYPES_BY_NAME["f16"]
+
+
+def _layer_tensors(model: Model, span: LayerSpan) -> Iterator[ShardTensor]:
+    """The span's layers, renumbered from 0; layers that only predict ahead are in no shard."""
+    held = 0
+    for name, source in model.tensors.items():
+        place = layer_of(name)
+        if place is not None and place[0] in span:
+            held |= 1 << (place[0] - span.first)
+            yield _copied(source, f"blk.{place[0] - span.first}.{place[1]}")
+    if held != (1 << len(span)) - 1:
+        raise ModelFileError(
+            f"{model.paths[0]}: a layer of [{span.first}, {span.end}) has no tensors.", field="blk"
+        )

@@ -1,0 +1,137 @@
+"""What ``--model`` may name, opened: its card, its engine, and how its text is made.
+
+A path to a GGUF today; ``stub:LAYERS`` is the deterministic engine without a model, for tests
+and fault benches (``stub:8:delay=0.01`` makes every decode call take 10 ms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from edgellm.engine.text import TextService, VocabularyInfo
+from edgellm.errors import ModelFileError, UsageError
+from edgellm.modelfile import ModelCard as GgufCard
+from edgellm.modelfile import read_card
+from edgellm.planner import ModelCard, StageMemory
+from edgellm.types import EngineSettings, LayerSpan
+
+STUB_PREFIX = "stub:"
+STUB_WIDTH = 8
+STUB_VOCABULARY = 256
+
+
+class Text(Protocol):
+    """Text to tokens and back for one model."""
+
+    async def info(self) -> VocabularyInfo: ...
+
+    async def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]: ...
+
+    async def pieces(self, ids: Sequence[int]) -> list[bytes]: ...
+
+    async def render_chat(
+        self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A validated model, before any plan."""
+
+    name: str
+    engine: str
+    path: str
+    digest: str
+    card: ModelCard
+    width: int
+    vocab: int
+    context_train: int
+    chat_template: str | None
+
+    async def text(self) -> Text:
+        """Start what turns text into tokens; the caller stops it."""
+        if self.engine == "stub":
+            return ByteText()
+        return await TextService.start(self.path)
+
+
+def open_reference(model: str) -> OpenedModel:
+    """Open and validate ``model``. Raises UsageError or ModelFileError; blocking, but quick."""
+    if model.startswith(STUB_PREFIX):
+        return _stub(model)
+    card: GgufCard = read_card(model)
+    return OpenedModel(
+        name=card.name,
+        engine="llama",
+        path=str(card.model.paths[0].resolve()),
+        digest=card.digest,
+        card=card,
+        width=card.n_embd,
+        vocab=card.n_vocab,
+        context_train=card.context_train,
+        chat_template=card.chat_template,
+    )
+
+
+# --- the stub -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _StubMemory:
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class StubCard:
+    """A model of ``n_layers`` that weighs a mebibyte a layer and may be cut anywhere."""
+
+    n_layers: int
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        return tuple(range(1, self.n_layers))
+
+    def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> StageMemory:
+        return _StubMemory(len(span) << 20)
+
+
+class ByteText:
+    """A token is a byte; nothing ends an answer."""
+
+    async def info(self) -> VocabularyInfo:
+        return VocabularyInfo(STUB_VOCABULARY, None, None, frozenset(), False)
+
+    async def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        return list(text.encode())
+
+    async def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        return [bytes([token]) for token in ids]
+
+    async def render_chat(
+        self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        raise ModelFileError("the stub has no chat template.")
+
+    async def stop(self) -> None:
+        pass
+
+
+def _stub(model: str) -> OpenedModel:
+    layers, _, delay = model.removeprefix(STUB_PREFIX).partition(":")
+    if not layers.isdecimal() or not 1 <= int(layers) <= 1024:
+        raise UsageError(f"{model!r} is not stub:LAYERS with 1 to 1024 layers.")
+    return OpenedModel(
+        name="stub",
+        engine="stub",
+        path=delay,
+        digest="",
+        card=StubCard(int(layers)),
+        width=STUB_WIDTH,
+        vocab=STUB_VOCABULARY,
+        context_train=1 << 20,
+        chat_template=None,
+    )

@@ -1,0 +1,133 @@
+"""What a planner is told: what the devices offer, and what the model needs where it may be cut.
+
+Pure data. The planner does not know model files: it sees a model through ``ModelCard``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgellm.errors import UsageError
+from edgellm.types import DeviceId, EngineSettings, LayerSpan
+
+_MIB_TENTH = (1 << 20) / 10
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOffer:
+    """What one device offers to a plan."""
+
+    name: str
+    device_id: DeviceId
+    memory_bytes: int
+    """What a stage process there may use at its peak."""
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 0:
+            raise UsageError(f"device {self.name} offers {self.memory_bytes} bytes of memory.")
+
+
+class StageMemory(Protocol):
+    """A prediction for one stage."""
+
+    @property
+    def total(self) -> int:
+        """Peak memory of the stage process, bytes."""
+        ...
+
+
+class ModelCard(Protocol):
+    """What the planner asks of a model."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Layers in 1 to ``n_layers`` - 1 before which the model may be cut, ascending."""
+        ...
+
+    def span_problem(self, span: LayerSpan) -> str | None:
+        """Why a span between two boundaries may still not be a stage; None if it may."""
+        ...
+
+    def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> StageMemory: ...
+
+
+class SpanTable:
+    """Every span that a stage may have, by the indices of its two cut points, and its memory.
+
+    ``cuts`` are the layers where a stage may begin or end: 0, the legal boundaries, the end.
+    Predictions are asked for once and kept.
+    """
+
+    def __init__(self, card: ModelCard, settings: EngineSettings) -> None:
+        inner = sorted({cut for cut in card.boundaries if 0 < cut < card.n_layers})
+        self.cuts: tuple[int, ...] = (0, *inner, card.n_layers)
+        self._card = card
+        self._settings = settings
+        self._bytes: dict[tuple[int, int], int] = {}
+        self._problems: dict[tuple[int, int], str | None] = {}
+
+    @property
+    def pieces(self) -> int:
+        """Number of spans between neighbouring cut points; also the number of the last one."""
+        return len(self.cuts) - 1
+
+    def most_stages(self) -> int:
+        """Largest number of stages the model can be cut into."""
+        most = [0] + [-1] * self.pieces  # -1: no legal spans lead there
+        for end in range(1, self.pieces + 1):
+            for first in range(end):
+                if most[first] >= max(0, most[end]) and self.problem(first, end) is None:
+                    most[end] = most[first] + 1
+        return max(1, most[-1])
+
+    def span(self, first: int, end: int) -> LayerSpan:
+        return LayerSpan(self.cuts[first], self.cuts[end])
+
+    def problem(self, first: int, end: int) -> str | None:
+        """Why the span may not be a stage, or None if it may."""
+        if (first, end) not in self._problems:
+            self._problems[first, end] = self._card.span_problem(self.span(first, end))
+        return self._problems[first, end]
+
+    def memory(self, first: int, end: int) -> int:
+        """Predicted peak bytes of a stage from cut number ``first`` to cut number ``end``.
+
+        Not defined for spans with a ``problem``.
+        """
+        known = self._bytes.get((first, end))
+        if known is None:
+            known = self._card.stage_memory(self.span(first, end), self._settings).total
+            self._bytes[first, end] = known
+        return known
+
+
+def check_offers(offers: Sequence[DeviceOffer]) -> None:
+    """Raises UsageError where two offers have one name or one device id: a plan names devices."""
+    for what, values in (
+        ("name", [offer.name for offer in offers]),
+        ("device id", [str(offer.device_id) for offer in offers]),
+    ):
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise UsageError(f"two devices have the {what} {twice!r}.")
+
+
+def offered(offers: Iterable[DeviceOffer]) -> str:
+    """ "a offers 512.0 MiB, b offers 64.0 MiB"."""
+    return ", ".join(f"{o.name} offers {mib(o.memory_bytes)}" for o in offers)
+
+
+def mib(amount: int) -> str:
+    """An offer in words, rounded down."""
+    return f"{math.floor(amount / _MIB_TENTH) / 10:.1f} MiB"
+
+
+def mib_needed(amount: int) -> str:
+    """A need in words, rounded up, so that it never reads as equal to a smaller offer."""
+    return f"{math.ceil(amount / _MIB_TENTH) / 10:.1f} MiB"

@@ -1,0 +1,257 @@
+"""One stage that this node hosts: its process, its files, and where its answers go.
+
+The node reads no activations: hidden rows pass from the stage's pipe to the next peer's
+connection as the frames they came in, and back the same way on arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgellm.engine.base import StageConfig
+from edgellm.engine.host import HostFactory, StageHost
+from edgellm.engine.server import stage_config_to
+from edgellm.errors import DeadlineError, EdgeError, PeerLostError, RemoteProtocolError, StageError, error_from_dict
+from edgellm.runtime.session import Session
+from edgellm.store.shards import ShardFiles, ShardFolder
+from edgellm.types import LayerSpan
+from edgellm.wire.frames import Frame
+from edgellm.wire.messages import (
+    CloseSequence,
+    ErrorReport,
+    Hidden,
+    LoadStage,
+    OpenSequence,
+    StageReady,
+    StageStats,
+    StartEngine,
+    Tokens,
+    decode,
+    encode,
+    kind_of,
+)
+from edgellm.wire.plain import settings_from_plain
+from edgellm.wire.tensors import rows_nbytes
+
+HIDDEN_KIND = kind_of(Hidden)
+TOKENS_KIND = kind_of(Tokens)
+MIN_UNSENT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What a hosted stage needs from its node."""
+
+    device: str
+    start_host: HostFactory
+    shards: ShardFolder
+    dial: Callable[[str, int], Awaitable[Session]]
+    """Connects to the next stage's node."""
+    threads: int = 0
+    """This device's own limit; 0: what the plan says."""
+    pin: tuple[int, ...] = ()
+
+
+class HostedStage:
+    """From ``LoadStage`` to ``UnloadStage``; ends itself when its process or a link ends."""
+
+    def __init__(self, request: LoadStage, coordinator: Session, parts: StageParts) -> None:
+        self.epoch = request.epoch
+        self.coordinator = coordinator
+        self._request = request
+        self._parts = parts
+        self._host: StageHost | None = None
+        self._files: ShardFiles | None = None
+        self._next: Session | None = None
+        self._pump: asyncio.Task[None] | None = None
+        self._deadlines: dict[int, float] = {}
+        self._closed = False
+        settings = settings_from_plain(request.settings)
+        settings = dataclasses.replace(
+            settings,
+            threads=min(settings.threads, parts.threads or settings.threads),
+            pin=parts.pin,
+        )
+        chunk_bytes = rows_nbytes(settings.chunk, request.width, settings.activations)
+        window = (request.stage_count + 2) * settings.sequences
+        self._settings = settings
+        self._most_unsent = max(MIN_UNSENT_BYTES, window * chunk_bytes)
+
+    @property
+    def label(self) -> str:
+        request = self._request
+        return f"stage {request.index + 1} of {request.stage_count}"
+
+    async def load(self) -> None:
+        """Cut, start, load, link; answers ``StageReady`` to the coordinator.
+
+        Raises EdgeError; the caller closes this stage and reports.
+        """
+        request = self._request
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                config = await self._config()
+                cut_s = time.perf_counter() - started
+                if request.next_port:
+                    self._next = await self._parts.dial(request.next_host, request.next_port)
+                    self._next.on_close(self._next_lost)
+                self._host = await self._parts.start_host(self.label)
+                start = StartEngine(stage_config_to(config, request.epoch, request.index))
+                self._host.send(encode(start))
+                ready = await self._first_answer(self._host)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"{self.label} was not loaded within {request.deadline_s:.0f} s.",
+                device=self._parts.device,
+            ) from error
+        timings = {**ready.timings, "cut_s": cut_s, "total_s": time.perf_counter() - started}
+        self.coordinator.send(
+            StageReady(request.epoch, request.index, ready.memory_bytes, timings)
+        )
+        self._pump = asyncio.create_task(self._pump_answers(self._host))
+
+    async def _config(self) -> StageConfig:
+        request = self._request
+        span = LayerSpan(request.first, request.end)
+        engine = str(request.model.get("engine", "llama"))
+        files = ShardFiles(Path(str(request.model.get("path", ""))))
+        if engine == "llama":
+            self._files = files = await asyncio.to_thread(
+                self._parts.shards.prepare,
+                str(files.shard),
+                str(request.model.get("digest", "")),
+                span,
+                request.epoch,
+            )
+        return StageConfig(
+            engine=engine,
+            span=span,
+            layers=request.layers,
+            width=request.width,
+            vocab=request.vocab,
+            settings=self._settings,
+            shard=str(files.shard),
+            embedding=str(files.embedding or ""),
+            residual=files.residual,
+            input_node=files.input_node,
+            embedding_scale=files.embedding_scale,
+        )
+
+    async def _first_answer(self, host: StageHost) -> StageReady:
+        for frame in await host.receive():
+            answer = decode(frame)
+            if isinstance(answer, StageReady):
+                return answer
+            if isinstance(answer, ErrorReport):
+                raise error_from_dict(answer.error)
+        raise StageError(
+            f"{self.label} {host.reason or 'gave no answer'} while loading.",
+            device=self._parts.device,
+        )
+
+    # --- towards the stage ------------------------------------------------------------
+
+    def take(self, frame: Frame) -> None:
+        """Pass a step, hidden rows or a query to the stage.
+
+        Never waits: a connection that stops reading for one slow stage could not answer a
+        heartbeat. Back-pressure is the coordinator's window of chunks in flight; whoever sends
+        much more than that breaks the protocol (RemoteProtocolError).
+        """
+        if self._host is None or self._closed:
+            return
+        if self._host.unsent > self._most_unsent:
+            raise RemoteProtocolError(
+                f"{self._host.unsent} bytes wait for {self.label}: the sender ignores its window."
+            )
+        self._host.send([frame.raw])
+
+    def open_sequence(self, message: OpenSequence, frame: Frame, now: float) -> None:
+        """Announce a sequence here and, in the same order as its rows, to the stages after."""
+        self._deadlines[message.sequence] = now + message.deadline_s
+        self.take(frame)
+        self._forward(frame)
+
+    def close_sequence(self, message: CloseSequence, frame: Frame) -> None:
+        self._deadlines.pop(message.sequence, None)
+        self.take(frame)
+        self._forward(frame)
+
+    def expire(self, now: float) -> None:
+        """Close the sequences whose deadline has passed: nobody waits for them any more."""
+        for sequence in [s for s, deadline in self._deadlines.items() if deadline < now]:
+            self._deadlines.pop(sequence)
+            if self._host is not None and not self._closed:
+                self._host.send(encode(CloseSequence(self.epoch, sequence)))
+            error = DeadlineError("the request's deadline passed.", device=self._parts.device)
+            self._report(error, sequence)
+
+    # --- from the stage ---------------------------------------------------------------
+
+    async def _pump_answers(self, host: StageHost) -> None:
+        while frames := await host.receive():
+            for frame in frames:
+                if frame.kind == HIDDEN_KIND:
+                    self._forward(frame)
+                elif frame.kind == TOKENS_KIND:
+                    self.coordinator.send_raw(frame)
+                else:
+                    self._control(frame)
+            if self._next is not None:
+                with contextlib.suppress(EdgeError):  # on_close tells of a lost peer, once
+                    await self._next.drain()
+        if not self._closed:
+            self._report(StageError(f"{self.label} {host.reason}.", device=self._parts.device))
+
+    def _forward(self, frame: Frame) -> None:
+        if self._next is not None:
+            self._next.send_raw(frame)
+
+    def _control(self, frame: Frame) -> None:
+        answer = decode(frame)
+        if isinstance(answer, ErrorReport):
+            self._deadlines.pop(answer.sequence, None)
+            error = error_from_dict(answer.error)
+            error.device = self._parts.device
+            self._report(error, answer.sequence)
+        elif isinstance(answer, StageStats):
+            stats = dict(answer.stats)
+            if self._next is not None:
+                link = self._next.traffic
+                stats |= {"next_bytes": link.sent_bytes, "next_messages": link.sent_messages}
+            self.coordinator.send(StageStats(answer.epoch, answer.index, stats))
+
+    def _next_lost(self, reason: str) -> None:
+        if not self._closed:
+            self._report(
+                PeerLostError(
+                    f"lost the connection to the next stage at {self._request.next_host}:"
+                    f"{self._request.next_port} ({reason}).",
+                    device=self._parts.device,
+                )
+            )
+
+    def _report(self, error: EdgeError, sequence: int = -1) -> None:
+        self.coordinator.send(ErrorReport(self.epoch, sequence, error.to_dict()))
+
+    async def close(self) -> None:
+        """End the process and remove the files; harmless when repeated."""
+        self._closed = True
+        if self._next is not None:
+            await self._next.close()
+        if self._host is not None:
+            await self._host.stop()
+        if self._pump is not None:
+            self._pump.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._pump
+        if self._files is not None:
+            await asyncio.to_thread(self._parts.shards.remove, self._files.made)
+            self._files = None

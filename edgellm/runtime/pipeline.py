@@ -1,0 +1,254 @@
+"""The coordinator's side of one loaded plan: requests in, tokens out.
+
+It executes ``scheduler.Generation``: steps go to the first stage, results come from the last.
+The next step leaves in the same turn of the event loop that its token arrived in; turning the
+token into text happens while the stages compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.errors import DeadlineError, EdgeError, StageError, UsageError
+from edgellm.runtime.session import Session
+from edgellm.scheduler.generation import Effect, Emit, Finish, Generation, SendStep
+from edgellm.types import FinishReason, Plan, SamplerSettings
+from edgellm.wire.frames import Frame
+from edgellm.wire.messages import (
+    NO_TOKEN,
+    CloseSequence,
+    OpenSequence,
+    QueryStats,
+    Row,
+    StageStats,
+    Step,
+    Tokens,
+    UnloadStage,
+)
+from edgellm.wire.plain import sampler_to_plain
+from edgellm.wire.tensors import decode_logits, encode_tokens
+
+STATS_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One text to continue."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int = 256
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    stop_tokens: frozenset[int] = frozenset()
+    deadline_s: float = 600.0
+    logits: bool = False
+    """Whether each token comes with the logits it was picked from."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeToken:
+    token: int
+    position: int
+    at: float
+    """When it arrived, on the event loop's clock."""
+    logits: NDArray[np.float32] | None = None
+    """float32 [vocabulary]."""
+
+
+class Running:
+    """One request under way. Iterate ``tokens()``; ``stop`` ends it at once."""
+
+    def __init__(self, pipeline: Pipeline, sequence: int, request: Request) -> None:
+        settings = pipeline.plan.settings
+        self.sequence = sequence
+        self.request = request
+        self.finish: FinishReason | None = None
+        self.generation = Generation(
+            request.prompt,
+            max_tokens=request.max_tokens,
+            chunk=settings.chunk,
+            # One chunk computing in each stage and one waiting for the first.
+            window=len(pipeline.plan.stages) + 1,
+            context=settings.context,
+            stop_tokens=request.stop_tokens,
+        )
+        self._pipeline = pipeline
+        self._queue: asyncio.Queue[MadeToken | EdgeError | None] = asyncio.Queue()
+        self._logits: NDArray[np.float32] | None = None
+
+    def begin(self) -> None:
+        self._execute(self.generation.begin())
+
+    def on_result(self, position: int, token: int, logits: NDArray[np.float32] | None) -> None:
+        self._logits = logits
+        self._execute(self.generation.on_result(position, token))
+
+    def stop(self, reason: FinishReason) -> None:
+        """End the request; no further token is made for it."""
+        self._execute(self.generation.stop(reason))
+
+    def fail(self, error: EdgeError) -> None:
+        self._queue.put_nowait(error)
+
+    async def tokens(self) -> AsyncIterator[MadeToken]:
+        """The tokens as they are made. Raises the error that ended the request, if one did."""
+        while (item := await self._queue.get()) is not None:
+            if isinstance(item, EdgeError):
+                raise item
+            yield item
+
+    def _execute(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, SendStep):
+                self._pipeline.send_step(self, effect)
+            elif isinstance(effect, Emit):
+                now = asyncio.get_running_loop().time()
+                made = MadeToken(effect.token, effect.position, now, self._logits)
+                self._queue.put_nowait(made)
+            elif isinstance(effect, Finish):
+                self.finish = effect.reason
+                self._queue.put_nowait(None)
+
+
+class Pipeline:
+    """A loaded plan. Made by ``Coordinator.load``."""
+
+    def __init__(self, plan: Plan, sessions: Sequence[Session], vocab: int) -> None:
+        """``sessions`` has the connection to each stage's device, in the plan's order."""
+        self.plan = plan
+        self.sessions = tuple(sessions)
+        self.returned_bytes = 0
+        """Bytes of all results that came back from the last stage."""
+        self._vocab = vocab
+        self._running: dict[int, Running] = {}
+        self._numbers = itertools.count(1)
+        self._slots = asyncio.Semaphore(plan.settings.sequences)
+        self._failed: EdgeError | None = None
+        self._stats: dict[int, asyncio.Future[StageStats]] = {}
+
+    @contextlib.asynccontextmanager
+    async def run(self, request: Request) -> AsyncIterator[Running]:
+        """Start a request when a sequence is free; on leaving, its memory is free everywhere.
+
+        Raises UsageError for a prompt that does not fit, DeadlineError when its time is up.
+        """
+        self._check(request)
+        try:
+            async with asyncio.timeout(request.deadline_s), self._slots:
+                if self._failed is not None:
+                    raise self._failed
+                running = Running(self, next(self._numbers), request)
+                self._running[running.sequence] = running
+                try:
+                    self._open(running)
+                    running.begin()
+                    yield running
+                finally:
+                    del self._running[running.sequence]
+                    self._first.send(CloseSequence(self.plan.epoch, running.sequence))
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"the request was not done within its deadline of {request.deadline_s:g} s.",
+                hint="Give it more time with --deadline.",
+            ) from error
+
+    def _check(self, request: Request) -> None:
+        context = self.plan.settings.context
+        if not request.prompt:
+            raise UsageError("the prompt is empty.")
+        if len(request.prompt) > context:
+            raise UsageError(
+                f"the prompt has {len(request.prompt)} tokens, the context holds {context}.",
+                hint="Shorten it, or use a larger --ctx.",
+            )
+        if not all(0 <= token < self._vocab for token in request.prompt):
+            raise UsageError(f"the prompt has token ids outside 0 to {self._vocab - 1}.")
+        if request.max_tokens < 1:
+            raise UsageError("at least one token must be asked for.")
+
+    @property
+    def _first(self) -> Session:
+        return self.sessions[0]
+
+    def _open(self, running: Running) -> None:
+        request = running.request
+        self._first.send(
+            OpenSequence(
+                self.plan.epoch,
+                running.sequence,
+                sampler_to_plain(request.sampler),
+                request.deadline_s,
+                request.logits,
+                encode_tokens(request.prompt),
+            )
+        )
+
+    def send_step(self, running: Running, step: SendStep) -> None:
+        """Send journal tokens to the first stage."""
+        tokens = running.generation.tokens[step.position : step.position + step.count]
+        row = Row(running.sequence, step.position, step.count, step.output)
+        self._first.send(Step(self.plan.epoch, (row,), encode_tokens(tokens)))
+
+    def on_tokens(self, message: Tokens, frame: Frame) -> None:
+        """Results from the last stage."""
+        self.returned_bytes += len(frame.raw)
+        wanting = [
+            result
+            for result in message.results
+            if result.token != NO_TOKEN
+            and (running := self._running.get(result.sequence)) is not None
+            and running.request.logits
+        ]
+        logits = iter(
+            decode_logits(message.payload, len(wanting), self._vocab) if wanting else ()
+        )
+        for result in message.results:
+            running = self._running.get(result.sequence)
+            if running is not None:
+                row = next(logits) if result in wanting else None
+                running.on_result(result.position, result.token, row)
+
+    def on_error(self, sequence: int, error: EdgeError) -> None:
+        """A failure of one sequence, or (-1) of the whole plan."""
+        if sequence >= 0:
+            if running := self._running.get(sequence):
+                running.fail(error)
+            return
+        if self._failed is None:
+            self._failed = error
+            for running in self._running.values():
+                running.fail(error)
+            for waiting in self._stats.values():
+                if not waiting.done():
+                    waiting.set_exception(error)
+
+    def on_stats(self, message: StageStats) -> None:
+        waiting = self._stats.get(message.index)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
+
+    async def stats(self) -> list[dict[str, int | float]]:
+        """Each stage's counters since it was loaded, in order: seconds, tokens, bytes, peak."""
+        if self._failed is not None:
+            raise self._failed
+        loop = asyncio.get_running_loop()
+        self._stats = {index: loop.create_future() for index in range(len(self.sessions))}
+        for session in self.sessions:
+            session.send(QueryStats(self.plan.epoch))
+        try:
+            async with asyncio.timeout(STATS_WITHIN_S):
+                return [dict((await waiting).stats) for waiting in self._stats.values()]
+        except TimeoutError as error:
+            raise StageError("a stage did not tell its figures in time.") from error
+
+    def unload(self) -> None:
+        """Have every device free its stage."""
+        for session in self.sessions:
+            session.send(UnloadStage(self.plan.epoch))

@@ -1,0 +1,262 @@
+"""One open connection to another device: the glue between a stream, its state machine and us.
+
+It decides nothing: bytes go into ``wire.Connection``, its events go to one handler, in order,
+and the handler's slowness is the peer's back-pressure. Whatever ends it is told to everyone who
+asked with ``on_close``, once, as a reason in words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgellm.errors import EdgeError, PeerLostError
+from edgellm.transport.base import Stream, Transport
+from edgellm.wire.connection import (
+    Closed,
+    Connection,
+    FrameReceived,
+    MessageReceived,
+    Opened,
+    Role,
+    Timeouts,
+)
+from edgellm.wire.frames import Buffer, Frame
+from edgellm.wire.messages import Hello, Hidden, Message, Step, Welcome, kind_of
+
+READ_BYTES = 1 << 18
+ROUTED_KINDS = frozenset((kind_of(Step), kind_of(Hidden)))
+"""Frames that a node passes on without decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What this side says of itself in a handshake."""
+
+    name: str
+    device_id: str
+    software: str
+
+
+class SessionHandler(Protocol):
+    """Takes what a session receives. Raising EdgeError closes the session with that error."""
+
+    async def on_frame(self, session: Session, frame: Frame) -> None:
+        """A frame of ``ROUTED_KINDS``."""
+
+    async def on_message(self, session: Session, message: Message, frame: Frame) -> None: ...
+
+    async def on_session_closed(self, session: Session) -> None: ...
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went over one connection, both ways, frames and their bytes."""
+
+    sent_bytes: int = 0
+    sent_messages: int = 0
+    received_bytes: int = 0
+    received_messages: int = 0
+
+
+class Session:
+    """See the module. Made by ``dial`` or ``accept``, which return when the handshake is done."""
+
+    def __init__(self, stream: Stream, connection: Connection, handler: SessionHandler) -> None:
+        self.traffic = Traffic()
+        self._stream = stream
+        self._connection = connection
+        self._handler = handler
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[Hello | Welcome] = self._loop.create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        self._on_close: list[Callable[[str], None]] = []
+        self._reason: EdgeError | None = None
+        self._ended = False
+        self._task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def dial(
+        cls,
+        transport: Transport,
+        host: str,
+        port: int,
+        me: Introduction,
+        handler: SessionHandler,
+        *,
+        within_s: float = 5.0,
+        timeouts: Timeouts | None = None,
+    ) -> Session:
+        """Connect and greet. Raises PeerLostError, or what the peer said against us."""
+        stream = await transport.dial(host, port, within_s)
+        session = cls(stream, _connection(Role.DIALER, me, timeouts), handler)
+        session._write(session._connection.start(session._loop.time()))
+        session._task = asyncio.create_task(session._run())
+        try:
+            await session._opened
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    @classmethod
+    async def accept(
+        cls,
+        stream: Stream,
+        me: Introduction,
+        handler: SessionHandler,
+        *,
+        timeouts: Timeouts | None = None,
+        on_open: Callable[[Session], None] = lambda session: None,
+    ) -> None:
+        """Serve an accepted stream until it ends."""
+        session = cls(stream, _connection(Role.LISTENER, me, timeouts), handler)
+        session._opened.add_done_callback(
+            lambda done: None if done.cancelled() or done.exception() else on_open(session)
+        )
+        await session._run()
+
+    @property
+    def peer(self) -> Hello | Welcome:
+        """What the other side said of itself; there from the moment the session is open."""
+        return self._opened.result()
+
+    @property
+    def address(self) -> str:
+        return self._stream.peername
+
+    @property
+    def round_trip_s(self) -> float | None:
+        return self._connection.round_trip_s
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the handshake was done, that is, whether there is a ``peer``."""
+        return self._opened.done() and not self._opened.cancelled() and not self._opened.exception()
+
+    @property
+    def reason(self) -> str:
+        """Why the session ended, in words."""
+        return self._reason.message.rstrip(".") if self._reason else "closed"
+
+    def set_payload_limits(self, limits: Mapping[int, int]) -> None:
+        for kind, limit in limits.items():
+            self._connection.set_payload_limit(kind, limit)
+
+    def on_close(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback(reason)`` when this session ends; at once if it has."""
+        if self._ended:
+            callback(self.reason)
+        else:
+            self._on_close.append(callback)
+
+    def send(self, message: Message) -> None:
+        """Queue a message. After the end it goes nowhere: ``on_close`` told why."""
+        if not self._ended:
+            self._write(self._connection.send(message))
+
+    def send_raw(self, frame: Frame) -> None:
+        """Queue a frame as it came in from elsewhere."""
+        if not self._ended:
+            self._write(self._connection.send_raw(frame))
+
+    async def drain(self) -> None:
+        """Wait until the peer has taken enough. Raises PeerLostError when it is gone."""
+        await self._stream.drain()
+
+    async def close(self) -> None:
+        """End the session on purpose."""
+        if self._task is not None:
+            self._connection.close()
+            self._stream.close()
+            if self._task is not asyncio.current_task():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._task
+
+    def _write(self, buffers: Sequence[Buffer]) -> None:
+        if not buffers:
+            return
+        try:
+            self._stream.write(buffers)
+        except PeerLostError as error:
+            self._reason = self._reason or error
+            return
+        self.traffic.sent_messages += 1
+        self.traffic.sent_bytes += sum(len(buffer) for buffer in buffers)
+
+    async def _run(self) -> None:
+        try:
+            self._arm_timer()
+            await self._receive()
+        except EdgeError as error:
+            self._reason = self._reason or error
+        finally:
+            await self._finish()
+
+    async def _receive(self) -> None:
+        connection, clock = self._connection, self._loop.time
+        while True:
+            data = await self._stream.read(READ_BYTES)
+            self.traffic.received_bytes += len(data)
+            events = connection.receive(data, clock())
+            self._write(connection.data_to_send())
+            for event in events:
+                if isinstance(event, FrameReceived):
+                    self.traffic.received_messages += 1
+                    await self._handler.on_frame(self, event.frame)
+                elif isinstance(event, MessageReceived):
+                    self.traffic.received_messages += 1
+                    await self._handler.on_message(self, event.message, event.frame)
+                elif isinstance(event, Opened):
+                    self._opened.set_result(event.peer)
+                elif isinstance(event, Closed):
+                    self._reason = self._reason or event.reason
+                    return
+            if not data:
+                return
+
+    def _arm_timer(self) -> None:
+        due = self._connection.next_timer()
+        if due is not None:
+            self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        events = self._connection.handle_timer(self._loop.time())
+        self._write(self._connection.data_to_send())
+        for event in events:
+            if isinstance(event, Closed):
+                self._reason = self._reason or event.reason
+                self._stream.close()
+                return
+        self._arm_timer()
+
+    async def _finish(self) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._connection.close()
+        self._stream.close()
+        if not self._opened.done():
+            self._opened.set_exception(
+                self._reason or PeerLostError(f"{self.address} closed the connection.")
+            )
+            self._opened.exception()  # an accepted stream has nobody who waits for it
+        for callback in self._on_close:
+            callback(self.reason)
+        self._on_close.clear()
+        await self._handler.on_session_closed(self)
+
+
+def _connection(role: Role, me: Introduction, timeouts: Timeouts | None) -> Connection:
+    return Connection(
+        role,
+        asyncio.get_running_loop().time(),
+        name=me.name,
+        device_id=me.device_id,
+        software=me.software,
+        timeouts=timeouts,
+        undecoded=ROUTED_KINDS,
+    )

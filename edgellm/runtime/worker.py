@@ -1,0 +1,155 @@
+"""The worker: what a node does for coordinators and neighbouring stages.
+
+One per node. It routes frames between peers and the stages it hosts; a frame of an epoch that
+is not here is stale and dropped. It decides nothing about plans.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+
+from edgellm.errors import EdgeError, RemoteProtocolError, StageError
+from edgellm.runtime.hosted import HostedStage, StageParts
+from edgellm.runtime.session import Session
+from edgellm.wire.frames import Frame
+from edgellm.wire.messages import (
+    CloseSequence,
+    DeviceInfo,
+    ErrorReport,
+    LoadStage,
+    Message,
+    OpenSequence,
+    QueryDevice,
+    QueryStats,
+    Step,
+    UnloadStage,
+    kind_of,
+    payload_limits,
+    peek,
+)
+from edgellm.wire.plain import settings_from_plain
+
+STEP_KIND = kind_of(Step)
+MAX_STAGES = 8
+"""Stages that one node hosts at once, over all coordinators."""
+EXPIRY_INTERVAL_S = 1.0
+
+
+class Worker:
+    """Holds the hosted stages of one node."""
+
+    def __init__(
+        self,
+        parts: StageParts,
+        describe: Callable[[], DeviceInfo],
+        allow_payloads: Callable[[Mapping[int, int]], None],
+    ) -> None:
+        """``describe`` tells of this device; ``allow_payloads`` raises the payload limits of all
+        its connections to what a new plan needs."""
+        self._parts = parts
+        self._describe = describe
+        self._allow_payloads = allow_payloads
+        self._stages: dict[int, HostedStage] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clock: Callable[[], float] = asyncio.get_running_loop().time
+        self._expiry = asyncio.create_task(self._expire())
+
+    async def on_frame(self, session: Session, frame: Frame) -> None:
+        """Steps and hidden rows: to the stage of their epoch, unread; stale ones are dropped."""
+        epoch, rows = peek(frame)
+        stage = self._stages.get(epoch)
+        if stage is None or not rows:
+            return
+        if frame.kind == STEP_KIND and session is not stage.coordinator:
+            raise RemoteProtocolError("a step came from a device that is not the coordinator.")
+        stage.take(frame)
+
+    async def on_message(self, session: Session, message: Message, frame: Frame) -> None:
+        """Everything else. Raises RemoteProtocolError for what a worker does not take."""
+        if isinstance(message, QueryDevice):
+            session.send(self._describe())
+        elif isinstance(message, LoadStage):
+            self._load(session, message)
+        elif isinstance(message, OpenSequence | CloseSequence | QueryStats | UnloadStage):
+            stage = self._stages.get(message.epoch)
+            if stage is not None:
+                await self._control(stage, message, frame)
+        else:
+            raise RemoteProtocolError(f"a node does not take {type(message).__name__} from a peer.")
+
+    async def _control(
+        self,
+        stage: HostedStage,
+        message: OpenSequence | CloseSequence | QueryStats | UnloadStage,
+        frame: Frame,
+    ) -> None:
+        if isinstance(message, OpenSequence):
+            stage.open_sequence(message, frame, self._clock())
+        elif isinstance(message, CloseSequence):
+            stage.close_sequence(message, frame)
+        elif isinstance(message, QueryStats):
+            stage.take(frame)
+        else:
+            await self._drop(stage)
+
+    def _load(self, session: Session, request: LoadStage) -> None:
+        if request.epoch in self._stages:
+            raise RemoteProtocolError(f"epoch {request.epoch} is already loaded.")
+        stage = HostedStage(request, session, self._parts)
+        if len(self._stages) >= MAX_STAGES:
+            self._refuse(
+                stage,
+                StageError(
+                    f"this device already holds {MAX_STAGES} stages.", device=self._parts.device
+                ),
+            )
+            return
+        settings = settings_from_plain(request.settings)
+        self._allow_payloads(
+            payload_limits(
+                chunk=settings.chunk, width=request.width, activations=settings.activations
+            )
+        )
+        self._stages[request.epoch] = stage
+        self._spawn(self._run_load(stage))
+
+    async def _run_load(self, stage: HostedStage) -> None:
+        try:
+            await stage.load()
+        except EdgeError as error:
+            error.device = error.device or self._parts.device
+            self._refuse(stage, error)
+            await self._drop(stage)
+
+    def _refuse(self, stage: HostedStage, error: EdgeError) -> None:
+        stage.coordinator.send(ErrorReport(stage.epoch, -1, error.to_dict()))
+
+    async def on_session_closed(self, session: Session) -> None:
+        """A coordinator that is gone frees the memory of its stages."""
+        for stage in [s for s in self._stages.values() if s.coordinator is session]:
+            await self._drop(stage)
+
+    async def _drop(self, stage: HostedStage) -> None:
+        self._stages.pop(stage.epoch, None)
+        await stage.close()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRY_INTERVAL_S)
+            for stage in list(self._stages.values()):
+                stage.expire(self._clock())
+
+    async def close(self) -> None:
+        """End every stage; nothing of this worker runs afterwards."""
+        self._expiry.cancel()
+        for stage in list(self._stages.values()):
+            await self._drop(stage)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(self._expiry, *self._tasks, return_exceptions=True)

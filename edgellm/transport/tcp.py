@@ -1,0 +1,222 @@
+"""TCP streams over asyncio, IPv4 and IPv6. Bytes only; frames and handshakes are above this.
+
+An ``asyncio.Protocol`` rather than asyncio's streams: a read hands over the very object that
+the loop received, without a second buffer between. Errors of the system become
+``PeerLostError`` here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from typing import cast
+
+from edgellm.errors import PeerLostError
+from edgellm.transport.base import MAX_BUFFERED_BYTES, Buffer, Handlers, OnStream
+from edgellm.transport.buffers import Gate, Inbox
+
+_READ_HIGH = 4 * 1024 * 1024
+"""Unread bytes at which the socket is no longer read: the peer's sending then stalls."""
+_READ_LOW = _READ_HIGH // 2
+_WRITE_HIGH = 4 * 1024 * 1024
+"""Unsent bytes at which ``drain`` waits: several chunks of hidden rows, so stages overlap."""
+_JOIN_BELOW = 64 * 1024
+"""Buffers smaller than this together leave in one system call, for the price of a copy."""
+_LINGER_S = 5.0
+"""How long ``close`` goes on sending what is queued."""
+_FAMILY_DELAY_S = 0.25
+"""Head start of an address over the next one (RFC 8305), where a name has several."""
+_PORTS = 1 << 16
+_KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+_USER_TIMEOUT_MS = 6000
+"""Unacknowledged data for this long breaks the connection: the only way to see a black hole."""
+
+
+class TcpStream(asyncio.Protocol):
+    """A ``Stream`` over one TCP connection. Made by ``TcpTransport``."""
+
+    def __init__(self, handlers: Handlers | None = None) -> None:
+        self._handlers = handlers
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._inbox = Inbox()
+        self._gate = Gate()
+        self._reading_paused = False
+        self._closed = self._loop.create_future()
+        self._peername = "?"
+
+    # --- Stream -----------------------------------------------------------------------
+
+    @property
+    def peername(self) -> str:
+        return self._peername
+
+    async def read(self, max_bytes: int) -> bytes:
+        chunk = await self._inbox.read(max_bytes)
+        if self._reading_paused and self._inbox.unread <= _READ_LOW:
+            self._reading_paused = False
+            if self._transport is not None:
+                self._transport.resume_reading()
+        return chunk
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        transport = self._usable()
+        size = sum([len(each) for each in buffers])
+        if transport.get_write_buffer_size() + size > MAX_BUFFERED_BYTES:
+            error = PeerLostError(f"{self._peername} does not read; too much waits for it.")
+            self._inbox.fail(error)
+            transport.abort()
+            raise error
+        if size < _JOIN_BELOW:
+            transport.write(b"".join(buffers) if len(buffers) > 1 else buffers[0] if size else b"")
+        else:
+            for each in buffers:
+                transport.write(each)
+
+    async def drain(self) -> None:
+        self._usable()
+        await self._gate.passed()
+        self._usable()
+
+    def close(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.close()
+        if transport.get_write_buffer_size():
+            self._loop.call_later(_LINGER_S, transport.abort)
+        self._inbox.end()
+        self._gate.open()
+
+    async def wait_closed(self) -> None:
+        await asyncio.shield(self._closed)
+
+    # --- asyncio.Protocol -------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
+        self._peername = _shown(transport.get_extra_info("peername"))
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            _tune(sock)
+        if self._handlers is not None:
+            self._handlers.start(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._inbox.put(data)
+        if self._inbox.unread >= _READ_HIGH and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._inbox.end()
+        return False  # the transport sends what is queued and closes: there is no half-open state
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            reason = f"the connection to {self._peername} broke: {_reason(exc)}."
+            self._inbox.fail(PeerLostError(reason))
+        self._inbox.end()
+        self._gate.open()
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._gate.shut()
+
+    def resume_writing(self) -> None:
+        self._gate.open()
+
+    # --- glue -------------------------------------------------------------------------
+
+    def _usable(self) -> asyncio.Transport:
+        if self._inbox.error is not None:
+            raise self._inbox.error
+        if self._transport is None or self._transport.is_closing():
+            raise PeerLostError(f"the connection to {self._peername} is closed.")
+        return self._transport
+
+
+class TcpListener:
+    """A listening socket and the handlers of what it accepted."""
+
+    def __init__(self, server: asyncio.Server, handlers: Handlers) -> None:
+        self._server = server
+        self._handlers = handlers
+        host, port, *_ = server.sockets[0].getsockname()
+        self._address = (str(host), int(port))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._address
+
+    async def close(self) -> None:
+        self._server.close()
+        # Not wait_closed: from Python 3.12 on it waits for the streams too, and those close here.
+        await self._handlers.cancel()
+
+
+class TcpTransport:
+    """Dials and listens with TCP."""
+
+    async def dial(self, host: str, port: int, timeout: float) -> TcpStream:  # noqa: ASYNC109
+        loop = asyncio.get_running_loop()
+        where = _shown((host, port))
+        if not 0 < port < _PORTS:
+            raise PeerLostError(f"cannot connect to {where}: no such port.")
+        try:
+            async with asyncio.timeout(timeout):
+                _, stream = await loop.create_connection(
+                    TcpStream, host, port, happy_eyeballs_delay=_FAMILY_DELAY_S
+                )
+        except TimeoutError as error:
+            raise PeerLostError(f"{where} did not answer within {timeout:g} s.") from error
+        except (OSError, UnicodeError) as error:
+            raise PeerLostError(f"cannot connect to {where}: {_reason(error)}.") from error
+        return stream
+
+    async def listen(self, host: str, port: int, on_stream: OnStream) -> TcpListener:
+        loop = asyncio.get_running_loop()
+        handlers = Handlers(on_stream)
+        try:
+            server = await loop.create_server(lambda: TcpStream(handlers), host, port)
+        except (OSError, UnicodeError, OverflowError) as error:
+            where = _shown((host, port))
+            raise PeerLostError(
+                f"cannot listen on {where}: {_reason(error)}.", hint="Choose another port."
+            ) from error
+        return TcpListener(server, handlers)
+
+
+def _tune(sock: socket.socket) -> None:
+    """Small frames leave at once, and a peer that vanished is noticed. Best effort by system."""
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    for name, value in (*_KEEPALIVE, ("TCP_USER_TIMEOUT", _USER_TIMEOUT_MS)):
+        option = getattr(socket, name, None)
+        if option is not None:
+            options.append((socket.IPPROTO_TCP, option, value))
+    for level, option, value in options:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(level, option, value)
+
+
+def _shown(address: object) -> str:
+    if not isinstance(address, tuple) or len(address) < 2:
+        return "?"
+    host, port = str(address[0]), address[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, socket.gaierror):
+        return str(error.strerror).lower()
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()  # asyncio's own texts repeat the address
+    return str(error) or type(error).__name__

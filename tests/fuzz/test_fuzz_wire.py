@@ -1,0 +1,212 @@
+"""Fuzzing the wire. The invariant: a valid message, or RemoteProtocolError, never anything else.
+
+All input is derived from one seed, so that a failure repeats. Memory stays bounded however
+the bytes are made up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+import tracemalloc
+from collections.abc import Iterator
+
+import msgpack
+import pytest
+
+from edgellm.errors import RemoteProtocolError
+from edgellm.types import Activations
+from edgellm.wire import messages as m
+from edgellm.wire.connection import Closed, Connection, Role
+from edgellm.wire.frames import MAX_META_BYTES, Frame, FrameDecoder, encode_frame
+
+pytestmark = pytest.mark.pure
+LIMITS = dict.fromkeys(range(1, 256), 4096)
+FRAMES = 20_000
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_io() -> Iterator[None]:
+    """The wire is sans-IO: sockets and sleeping raise while its tests run."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the wire package did input or output")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "socket", forbidden)
+        patch.setattr(time, "sleep", forbidden)
+        yield
+
+
+SEEDS = tuple(
+    b"".join(m.encode(message))
+    for message in (
+        m.Hello(m.PROTOCOL, "a", "b", "c"),
+        m.Ping(7),
+        m.ErrorReport(1, 2, {"code": "x", "message": "y"}),
+        m.StageReady(1, 0, 5, {"load": 0.5}),
+        m.OpenSequence(1, 2, {"seed": 1, "logit_bias": ((1, 0.5),)}, 9.0, False, bytes(8)),
+        m.Step(1, (m.Row(1, 2, 2, True),), bytes(8)),
+        m.Hidden(1, (m.Row(1, 2, 1, True),), 8, Activations.FLOAT16, bytes(18)),
+        m.Tokens(1, (m.Result(1, 2, 3),)),
+        m.StartEngine({"a": {"b": (1, 2.5, None)}}),
+    )
+)
+
+
+def digest(data: bytes) -> int:
+    """Feed, decode, peek; the number of valid messages. Anything but the one error escapes."""
+    valid = 0
+    try:
+        frames = FrameDecoder(LIMITS).feed(data)
+    except RemoteProtocolError:
+        return 0
+    for frame in frames:
+        with contextlib.suppress(RemoteProtocolError):
+            m.decode(frame, m.LOCAL_KINDS)
+            valid += 1
+        with contextlib.suppress(RemoteProtocolError):
+            m.peek(frame)
+    return valid
+
+
+def mutated(chance: random.Random, data: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(out))
+        match chance.randrange(4):
+            case 0:
+                out[at] = chance.randrange(256)
+            case 1:
+                del out[at : at + chance.randint(1, 8)]
+            case 2:
+                out[at:at] = chance.randbytes(chance.randint(1, 8))
+            case _:
+                out[at : at + 4] = chance.choice([b"\xff" * 4, bytes(4), b"\xdd\xff\xff\xff"])
+        out = out or bytearray(b"e")
+    return bytes(out)
+
+
+def resealed(chance: random.Random, data: bytes) -> bytes:
+    """A mutation behind a right checksum and right lengths: the part that parsers must survive."""
+    (frame,) = FrameDecoder(LIMITS).feed(data)
+    meta = mutated(chance, frame.meta)
+    payload = bytes(frame.payload)
+    if chance.random() < 0.3:
+        payload = chance.randbytes(chance.randrange(40))
+    kind = frame.kind if chance.random() < 0.8 else chance.randint(1, 255)
+    return b"".join(encode_frame(kind, meta, payload))
+
+
+def test_garbage_frames_are_valid_or_refused() -> None:
+    chance = random.Random(20_000)
+    valid = 0
+    for number in range(FRAMES):
+        match number % 4:
+            case 0:
+                data = chance.randbytes(chance.randrange(200))
+            case 1:
+                data = mutated(chance, chance.choice(SEEDS))
+            case 2:
+                data = resealed(chance, chance.choice(SEEDS))
+            case _:
+                meta = chance.randbytes(chance.randrange(60))
+                data = b"".join(encode_frame(chance.randint(1, 40), meta, chance.randbytes(4)))
+        valid += digest(data)
+    # Some mutations only change a number: if none were valid, the fuzzer would test nothing.
+    assert 100 < valid < FRAMES // 2
+
+
+def test_garbage_into_a_connection_only_ever_closes_it() -> None:
+    chance = random.Random(7)
+    for _ in range(2000):
+        connection = Connection(Role.LISTENER, 0.0, name="a", device_id="b", software="c")
+        for _ in range(4):
+            data = chance.choice(SEEDS)
+            if chance.random() < 0.5:
+                data = resealed(chance, data) if chance.random() < 0.7 else mutated(chance, data)
+            events = connection.receive(data, 0.0)
+            closed = [event for event in events if isinstance(event, Closed)]
+            assert len(closed) <= 1
+            if closed:
+                assert isinstance(closed[0].reason, RemoteProtocolError) or (
+                    closed[0].reason is not None and connection.peer is None
+                )
+                assert connection.receive(SEEDS[1], 0.0) == []
+                break
+
+
+def peak_of(data: bytes, pieces: int) -> int:
+    """Peak memory, in bytes, that a stream costs until it is refused or used up."""
+    tracemalloc.start()
+    try:
+        decoder = FrameDecoder(LIMITS)
+        for at in range(0, len(data), pieces):
+            for frame in decoder.feed(data[at : at + pieces]):
+                m.decode(frame, m.LOCAL_KINDS)
+    except RemoteProtocolError:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+def bombs() -> Iterator[tuple[str, bytes]]:
+    full = MAX_META_BYTES
+    yield "empty lists", b"\xdc\x04\x00" + b"\x90" * (full - 3)
+    yield "nested lists", b"\x91" * full
+    yield "lists of empty lists", (b"\xdc\x04\x00" + b"\x90" * 1023) * (full // 1026)
+    yield "nested maps", b"\x81\xa1a" * (full // 3)
+    yield "an array of four billion", b"\xdd\xff\xff\xff\xff"
+    yield "a map of four billion", b"\xdf\xff\xff\xff\xff"
+    yield "a string of four billion", b"\x91\xdb\xff\xff\xff\xff"
+    yield "bytes of four billion", b"\x91\xc6\xff\xff\xff\xff"
+    yield "an extension of four billion", b"\x91\xc9\xff\xff\xff\xff\x01"
+    yield "timestamps", b"\xdc\x04\x00" + b"\xd6\xff\xff\xff\xff\xff" * 1024
+    yield "a map with list keys", b"\x91\x81\x90\x90"
+    yield "a string that is not UTF-8", b"\x91\xa2\xff\xfe"
+    yield "two values", msgpack.packb([1]) * 2
+    yield "nothing", b""
+    yield "a list cut short", b"\x93\x01"
+
+
+@pytest.mark.parametrize(("name", "meta"), list(bombs()), ids=[name for name, _ in bombs()])
+@pytest.mark.parametrize("kind", [3, 30, 40])
+def test_msgpack_bombs_are_refused_in_little_memory(name: str, meta: bytes, kind: int) -> None:
+    data = b"".join(encode_frame(kind, meta))
+    began = time.perf_counter()
+    (frame,) = FrameDecoder(LIMITS).feed(data)
+    with pytest.raises(RemoteProtocolError):
+        m.decode(frame, m.LOCAL_KINDS)
+    assert time.perf_counter() - began < 0.1, name
+    assert peak_of(data, len(data)) < 10 * MIB, name
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 13, 4096])
+def test_a_drip_of_tiny_reads_costs_no_more_than_the_frame(pieces: int) -> None:
+    data = b"".join(encode_frame(30, bytes(MAX_META_BYTES), bytes(4096)))
+    assert peak_of(data[:-1], pieces) < 1 * MIB
+
+
+def test_an_announced_length_alone_takes_no_memory() -> None:
+    head = encode_frame(3, b"x" * MAX_META_BYTES)[0][:16]
+    assert peak_of(bytes(head), 16) < MIB // 16
+
+
+def test_every_truncation_of_every_seed_waits_or_is_refused() -> None:
+    for data in SEEDS:
+        for end in range(len(data)):
+            assert FrameDecoder(LIMITS).feed(data[:end]) == []
+
+
+def test_every_truncated_meta_is_refused() -> None:
+    for data in SEEDS:
+        (frame,) = FrameDecoder(LIMITS).feed(data)
+        for end in range(len(frame.meta)):
+            cut = Frame(frame.kind, frame.meta[:end], frame.payload, frame.raw)
+            with pytest.raises(RemoteProtocolError):
+                m.decode(cut, m.LOCAL_KINDS)

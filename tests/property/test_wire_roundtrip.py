@@ -1,0 +1,274 @@
+"""Properties of the wire: any split, any message, any corrupted byte, any row."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from edgellm.errors import RemoteProtocolError
+from edgellm.types import Activations
+from edgellm.wire import messages as m
+from edgellm.wire.frames import FrameDecoder, encode_frame
+from edgellm.wire.tensors import decode_rows, decode_tokens, encode_rows, encode_tokens, rows_nbytes
+
+pytestmark = pytest.mark.pure
+LIMITS = dict.fromkeys(range(1, 256), 1 << 16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_io() -> Iterator[None]:
+    """The wire is sans-IO: sockets and sleeping raise while its tests run."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the wire package did input or output")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "socket", forbidden)
+        patch.setattr(time, "sleep", forbidden)
+        yield
+
+
+# --- messages -------------------------------------------------------------------------
+
+ints = st.integers(0, (1 << 53) - 1)
+small = st.integers(0, (1 << 31) - 1)
+durations = st.floats(0, 1e9)
+labels = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=64)
+texts = st.text(st.characters(codec="utf-8"), max_size=200)
+floats = st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | floats | texts
+
+
+def maps(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(labels, values, max_size=8)
+
+
+@st.composite
+def rows(draw: st.DrawFn, most: int = 40) -> tuple[m.Row, ...]:
+    position = st.integers(0, (1 << 31) - 1 - most)
+    row = st.builds(m.Row, small, position, st.integers(1, most), st.booleans())
+    return tuple(draw(st.lists(row, min_size=1, max_size=6)))
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> m.Step:
+    run = draw(rows())
+    count = sum(row.count for row in run)
+    tokens = draw(st.lists(small, min_size=count, max_size=count))
+    return m.Step(draw(ints), run, encode_tokens(tokens))
+
+
+@st.composite
+def hidden(draw: st.DrawFn) -> m.Hidden:
+    run, width, kind = draw(rows(8)), draw(st.integers(1, 32)), draw(st.sampled_from(Activations))
+    size = rows_nbytes(sum(row.count for row in run), width, kind)
+    return m.Hidden(draw(ints), run, width, kind, draw(st.binary(min_size=1, max_size=1)) * size)
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> m.LoadStage:
+    first, more, rest = (draw(st.integers(0, 1000)) for _ in range(3))
+    index, after = draw(st.integers(0, 500)), draw(st.integers(1, 500))
+    return m.LoadStage(
+        epoch=draw(ints),
+        index=index,
+        stage_count=index + after,
+        first=first,
+        end=first + 1 + more,
+        layers=first + 1 + more + rest,
+        model=draw(maps(ints | texts)),
+        settings=draw(maps(scalars | st.lists(st.integers(0, 4095), max_size=8).map(tuple))),
+        next_host=draw(labels),
+        next_port=draw(st.integers(0, 65535)),
+        width=draw(st.integers(1, 1 << 20)),
+        vocab=draw(st.integers(1, (1 << 31) - 1)),
+        deadline_s=draw(durations),
+    )
+
+
+peer = (st.integers(0, 255), labels, labels, labels)
+error = st.fixed_dictionaries(
+    {"code": labels, "message": labels}, optional={"device": labels, "hint": labels}
+)
+biases = st.lists(st.tuples(small, floats), max_size=8).map(tuple)
+tokens = st.builds(m.Result, small, small, st.integers(-1, (1 << 31) - 1))
+trees = st.recursive(
+    st.none() | scalars,
+    lambda inner: st.lists(inner, max_size=3).map(tuple) | maps(inner),
+    max_leaves=4,
+)
+messages: st.SearchStrategy[m.Message] = st.one_of(
+    st.builds(m.Hello, *peer),
+    st.builds(m.Welcome, *peer),
+    st.builds(m.Ping, st.integers(0, (1 << 32) - 1)),
+    st.builds(m.Pong, st.integers(0, (1 << 32) - 1)),
+    st.builds(m.ErrorReport, ints, st.integers(-1, (1 << 31) - 1), error),
+    st.builds(m.QueryDevice),
+    st.builds(
+        m.DeviceInfo,
+        labels,
+        labels,
+        ints,
+        ints,
+        st.integers(1, 1 << 16),
+        labels,
+        st.lists(labels, max_size=16).map(tuple),
+    ),
+    loads(),
+    st.tuples(ints, ints).map(lambda pair: m.LoadProgress(1, 2, "fetch", min(pair), max(pair))),
+    st.builds(m.StageReady, ints, st.integers(0, 1023), ints, maps(st.floats(0, 1e300))),
+    st.builds(m.UnloadStage, ints),
+    st.builds(m.QueryStats, ints),
+    st.builds(m.StageStats, ints, st.integers(0, 1023), maps(ints | floats)),
+    st.builds(
+        m.OpenSequence,
+        ints,
+        small,
+        maps(scalars | biases),
+        durations,
+        st.booleans(),
+        st.lists(small, max_size=50).map(encode_tokens),
+    ),
+    st.builds(m.CloseSequence, ints, small),
+    steps(),
+    hidden(),
+    st.builds(m.Tokens, ints, st.lists(tokens, min_size=1, max_size=20).map(tuple)),
+    st.builds(m.StartEngine, st.dictionaries(labels, scalars | st.tuples(trees), max_size=4)),
+)
+
+
+@given(messages)
+def test_every_message_comes_back_equal(message: m.Message) -> None:
+    (frame,) = FrameDecoder(LIMITS).feed(b"".join(m.encode(message)))
+    assert m.decode(frame, m.LOCAL_KINDS) == message
+
+
+@given(messages)
+def test_a_decoded_message_encodes_to_the_same_bytes(message: m.Message) -> None:
+    raw = b"".join(m.encode(message))
+    (frame,) = FrameDecoder(LIMITS).feed(raw)
+    assert b"".join(m.encode(m.decode(frame, m.LOCAL_KINDS))) == raw
+
+
+@given(steps() | hidden())
+def test_peek_agrees_with_decode(message: m.Step | m.Hidden) -> None:
+    (frame,) = FrameDecoder(LIMITS).feed(b"".join(m.encode(message)))
+    assert m.peek(frame) == (message.epoch, message.rows)
+
+
+# --- frames ---------------------------------------------------------------------------
+
+frames = st.tuples(st.integers(1, 255), st.binary(max_size=60), st.binary(max_size=60))
+
+
+@given(st.lists(frames, min_size=1, max_size=6), st.data())
+def test_any_split_of_the_stream_gives_the_same_frames(
+    parts: list[tuple[int, bytes, bytes]], data: st.DataObject
+) -> None:
+    stream = b"".join(b"".join(encode_frame(*part)) for part in parts)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12).map(sorted))
+    decoder = FrameDecoder(LIMITS)
+    got = [
+        frame
+        for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)
+        for frame in decoder.feed(stream[begin:end])
+    ]
+    assert [(frame.kind, frame.meta, bytes(frame.payload)) for frame in got] == parts
+    assert b"".join(frame.raw for frame in got) == stream
+    assert decoder.buffered == 0
+
+
+@given(frames, st.integers(0, 1 << 16), st.integers(1, 255))
+def test_every_single_corrupted_byte_is_noticed(
+    part: tuple[int, bytes, bytes], where: int, change: int
+) -> None:
+    stream = bytearray(b"".join(encode_frame(*part)))
+    stream[where % len(stream)] ^= change
+    decoder = FrameDecoder(LIMITS)
+    try:
+        got = decoder.feed(stream)
+    except RemoteProtocolError:
+        return
+    # A length that grew: the frame is incomplete, and the next bytes cannot make it right.
+    assert got == []
+    with pytest.raises(RemoteProtocolError):
+        decoder.feed(bytes((1 << 17) + (1 << 16)))
+
+
+def test_each_byte_of_a_frame_corrupted_in_turn() -> None:
+    stream = b"".join(m.encode(m.Step(1, (m.Row(0, 5, 1, True),), b"\7\0\0\0")))
+    for where in range(len(stream)):
+        for bit in range(8):
+            changed = bytearray(stream)
+            changed[where] ^= 1 << bit
+            decoder = FrameDecoder(LIMITS)
+            with pytest.raises(RemoteProtocolError):
+                decoder.feed(changed)
+                decoder.feed(bytes((1 << 17) + (1 << 16)))
+
+
+# --- tensors --------------------------------------------------------------------------
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 20))
+any_float32 = hnp.arrays(
+    np.float32,
+    shapes,
+    elements=st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126),
+)
+
+
+@given(any_float32)
+def test_float32_rows_are_bit_equal(rows: NDArray[np.float32]) -> None:
+    n, width = rows.shape
+    back = decode_rows(encode_rows(rows, Activations.FLOAT32), n, width, Activations.FLOAT32)
+    assert np.array_equal(back.view(np.uint32), rows.view(np.uint32))
+
+
+@settings(max_examples=300)
+@given(any_float32)
+def test_float16_rows_keep_eleven_bits_and_a_bound_below(rows: NDArray[np.float32]) -> None:
+    n, width = rows.shape
+    back = decode_rows(encode_rows(rows, Activations.FLOAT16), n, width, Activations.FLOAT16)
+    exact = rows.astype(np.float64)
+    largest = np.abs(exact).max(axis=1, keepdims=True)
+    # Half a unit in the last of 11 bits; below 2**-29 of the largest half the subnormal step;
+    # and float32's own subnormal step for the smallest rows of all.
+    bound = np.maximum(np.abs(exact) * 2.0**-11, largest * 2.0**-39) + 2.0**-150
+    assert (np.abs(back.astype(np.float64) - exact) <= bound).all()
+
+
+@given(any_float32)
+def test_float16_is_stable_once_rounded(rows: NDArray[np.float32]) -> None:
+    n, width = rows.shape
+    once = decode_rows(encode_rows(rows, Activations.FLOAT16), n, width, Activations.FLOAT16)
+    twice = decode_rows(encode_rows(once, Activations.FLOAT16), n, width, Activations.FLOAT16)
+    coarse = np.abs(once.astype(np.float64)).max(axis=1, keepdims=True) * 2.0**-38
+    assert (np.abs(twice.astype(np.float64) - once) <= coarse).all()
+
+
+@given(st.binary(max_size=200), shapes)
+def test_any_bytes_decode_to_finite_rows_or_are_refused(
+    data: bytes, shape: tuple[int, int]
+) -> None:
+    padded = data.ljust(rows_nbytes(*shape, activations=Activations.FLOAT16), b"\0")
+    try:
+        rows = decode_rows(padded, *shape, activations=Activations.FLOAT16)
+    except RemoteProtocolError:
+        return
+    assert rows.shape == shape
+    assert all(math.isfinite(each) for each in rows.flat)
+
+
+@given(st.lists(small, max_size=50))
+def test_tokens_come_back(tokens: list[int]) -> None:
+    assert decode_tokens(encode_tokens(tokens), 1 << 31).tolist() == tokens

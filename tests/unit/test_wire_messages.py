@@ -1,0 +1,269 @@
+"""Messages: every kind has its fixed number, its checks, and an encoding others can write."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+
+from edgellm.errors import EdgeError, LocalProtocolError, RemoteProtocolError, StageError
+from edgellm.types import Activations
+from edgellm.wire import messages as m
+from edgellm.wire.frames import Frame, FrameDecoder, encode_frame
+from edgellm.wire.messages import Result, Row, decode, encode, peek
+
+pytestmark = pytest.mark.pure
+
+PEER = (m.PROTOCOL, "kitchen", "ab" * 32, "edgellm 0.1.0")
+LOAD = m.LoadStage(
+    epoch=7,
+    index=1,
+    stage_count=2,
+    first=3,
+    end=5,
+    layers=5,
+    model={"path": "/models/a b.gguf", "digest": "0" * 64, "engine": "llama", "bytes": 5},
+    settings={"context": 2048, "kv_type": "f16", "flash_attention": True, "pin": (0, 1)},
+    next_host="::1",
+    next_port=0,
+    width=64,
+    vocab=512,
+    deadline_s=30.0,
+)
+EXAMPLES: tuple[tuple[int, m.Message], ...] = (
+    (1, m.Hello(*PEER)),
+    (2, m.Welcome(*PEER)),
+    (3, m.Ping(0)),
+    (4, m.Pong((1 << 32) - 1)),
+    (5, m.ErrorReport(7, -1, StageError("it died.", device="a", hint="Retry.").to_dict())),
+    (6, m.QueryDevice()),
+    (7, m.DeviceInfo("a", "cd" * 32, 8 << 30, 1 << 30, 4, "edgellm", ("llama", "stub"))),
+    (10, LOAD),
+    (11, m.LoadProgress(7, 1, "fetch", 10, 20)),
+    (12, m.StageReady(7, 1, 1 << 30, {"cut": 0.25, "load": 1.5})),
+    (13, m.UnloadStage(7)),
+    (14, m.QueryStats(7)),
+    (15, m.StageStats(7, 1, {"decode_s": 0.5, "tokens": 12})),
+    (
+        20,
+        m.OpenSequence(
+            7,
+            3,
+            {"temperature": 0.8, "seed": 1, "logit_bias": ((5, -1.0),)},
+            60.0,
+            True,
+            b"\1\0\0\0",
+        ),
+    ),
+    (21, m.CloseSequence(7, 3)),
+    (30, m.Step(7, (Row(3, 0, 2, False), Row(4, 9, 1, True)), bytes(12))),
+    (31, m.Hidden(7, (Row(3, 0, 2, True),), 8, Activations.FLOAT16, bytes(2 * (2 + 16)))),
+    (32, m.Tokens(7, (Result(3, 1, 42), Result(4, 9, m.NO_TOKEN)))),
+    (40, m.StartEngine({"engine": "stub", "limits": {"memory": 5, "none": None}, "pin": (1, 2)})),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_io() -> Iterator[None]:
+    """The wire is sans-IO: sockets and sleeping raise while its tests run."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("the wire package did input or output")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "socket", forbidden)
+        patch.setattr(time, "sleep", forbidden)
+        yield
+
+
+def framed(message: m.Message) -> Frame:
+    limits = dict.fromkeys(range(1, 256), 1 << 20)
+    (frame,) = FrameDecoder(limits).feed(b"".join(encode(message)))
+    return frame
+
+
+def made(kind: int, fields: Any, payload: bytes = b"") -> Frame:
+    """A frame as a hostile or foreign peer would make it."""
+    limits = dict.fromkeys(range(1, 256), 1 << 20)
+    (frame,) = FrameDecoder(limits).feed(
+        b"".join(encode_frame(kind, msgpack.packb(fields), payload))
+    )
+    return frame
+
+
+@pytest.mark.parametrize(("kind", "message"), EXAMPLES, ids=lambda each: type(each).__name__)
+def test_every_message_keeps_its_number_and_survives_the_wire(
+    kind: int, message: m.Message
+) -> None:
+    frame = framed(message)
+    assert frame.kind == kind == m.kind_of(type(message))
+    assert decode(frame, m.LOCAL_KINDS) == message
+
+
+def test_the_examples_are_all_there_is() -> None:
+    assert {kind for kind, _ in EXAMPLES} == m.LOCAL_KINDS
+
+
+@pytest.mark.parametrize(("kind", "message"), EXAMPLES, ids=lambda each: type(each).__name__)
+def test_fields_travel_as_one_array_in_the_order_of_the_class(
+    kind: int, message: m.Message
+) -> None:
+    names = [field.name for field in dataclasses.fields(message) if field.name != "payload"]
+    assert len(msgpack.unpackb(framed(message).meta, strict_map_key=True)) == len(names)
+
+
+def test_a_token_comes_back_in_far_less_than_200_bytes() -> None:
+    worst = m.Tokens((1 << 53) - 1, (Result((1 << 31) - 1, (1 << 31) - 1, (1 << 31) - 1),))
+    assert len(b"".join(encode(worst))) < 48
+
+
+def test_messages_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        m.Ping(1).nonce = 2  # type: ignore[misc]
+
+
+def test_a_stage_start_is_refused_from_the_network() -> None:
+    frame = framed(m.StartEngine({"engine": "llama"}))
+    with pytest.raises(RemoteProtocolError, match="kind 40"):
+        decode(frame)
+    assert isinstance(decode(frame, m.LOCAL_KINDS), m.StartEngine)
+
+
+@pytest.mark.parametrize("kind", [8, 22, 255])
+def test_unknown_kinds_are_refused(kind: int) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"kind {kind}"):
+        decode(made(kind, []), frozenset(range(256)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "payload"),
+    [
+        (3, [], b""),
+        (3, [1, 2], b""),
+        (3, [True], b""),
+        (3, [1.0], b""),
+        (3, [-1], b""),
+        (3, [1 << 32], b""),
+        (3, ["1"], b""),
+        (3, [1], b"x"),
+        (3, {"nonce": 1}, b""),
+        (3, 5, b""),
+        (1, [1, "a", "b", "\x1b[2J"], b""),
+        (1, [1, "a" * 65, "b", "c"], b""),
+        (5, [0, -2, {}], b""),
+        (5, [0, -1, "failed"], b""),
+        (11, [0, 0, "fetch", 2, 1], b""),
+        (12, [0, 0, 0, {"load": float("nan")}], b""),
+        (12, [0, 0, 0, {"load": -1.0}], b""),
+        (12, [0, 0, 0, {1: 1.0}], b""),
+        (12, [0, 0, 0, {b"load": 1.0}], b""),
+        (13, [1 << 53], b""),
+        (20, [0, 0, {}, 1.0, False], b"123"),
+        (20, [0, 0, {"logit_bias": [[1]]}, 1.0, False], b""),
+        (20, [0, 0, {"logit_bias": [[-1, 0.5]]}, 1.0, False], b""),
+        (20, [0, 0, {"x": {"nested": 1}}, 1.0, False], b""),
+        (30, [0, []], b""),
+        (30, [0, [[0, 0, 1, True]] * 257], bytes(4 * 257)),
+        (30, [0, [[0, 0, 1, True]]], b""),
+        (30, [0, [[0, 0, 1, True]]], bytes(8)),
+        (30, [0, [[0, 0, 0, True]]], b""),
+        (30, [0, [[0, 0, 1, 1]]], bytes(4)),
+        (30, [0, [[0, -1, 1, True]]], bytes(4)),
+        (30, [0, [[0, (1 << 31) - 1, 1, True]]], bytes(4)),
+        (30, [0, [[1 << 31, 0, 1, True]]], bytes(4)),
+        (30, [0, [[0, 0, 1]]], bytes(4)),
+        (31, [0, [[0, 0, 1, True]], 4, "float16"], bytes(16)),
+        (31, [0, [[0, 0, 1, True]], 4, "bfloat16"], bytes(10)),
+        (31, [0, [[0, 0, 1, True]], 0, "float32"], b""),
+        (31, [0, [[0, 0, 1 << 30, True]], 1 << 20, "float32"], bytes(16)),
+        (32, [0, [[0, 0, -2]]], b""),
+        (32, [0, [[0, 0, -1]]], bytes(4)),
+        (32, [0, [[0, 0, 1], [1, 0, 1]]], bytes(4)),
+    ],
+)
+def test_what_breaks_the_schema_is_refused(kind: int, fields: Any, payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode(made(kind, fields, payload), m.LOCAL_KINDS)
+
+
+def test_a_refusal_names_the_message_and_the_field() -> None:
+    with pytest.raises(RemoteProtocolError, match=r"^Ping\.nonce: -1 is no integer"):
+        decode(made(3, [-1]))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Ping(-1),
+        m.Step(0, (), b""),
+        m.Step(0, (Row(0, 0, 2, True),), bytes(4)),
+        m.UnloadStage(1.5),  # type: ignore[arg-type]
+        m.Hello(1, "\ud800", "b", "c"),
+        dataclasses.replace(LOAD, end=3),
+        dataclasses.replace(LOAD, index=2),
+        dataclasses.replace(LOAD, model={"path": "\ud800"}),
+        m.StartEngine({"a": {"b": {"c": {"d": {"e": {"f": {"g": 1}}}}}}}),
+        m.StartEngine({str(i): "x" * 30_000 for i in range(4)}),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_our_own_mistakes_are_local_errors(message: m.Message) -> None:
+    with pytest.raises(LocalProtocolError):
+        encode(message)
+
+
+def test_what_is_no_message_cannot_be_sent() -> None:
+    with pytest.raises(LocalProtocolError, match="dict"):
+        encode({"kind": 1})  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_a_javascript_peer_are_numbers() -> None:
+    decoded = decode(made(20, [0, 0, {"temperature": 1}, 60, False]))
+    assert isinstance(decoded, m.OpenSequence)
+    assert type(decoded.deadline_s) is float
+
+
+def test_an_error_report_never_fails_for_its_length_or_its_characters() -> None:
+    error = EdgeError("\x1b[31m" + "x" * 100_000, hint="first\nsecond")
+    decoded = decode(framed(m.ErrorReport(0, -1, error.to_dict() | {"extra": [1]})))
+    assert isinstance(decoded, m.ErrorReport)
+    assert decoded.error["message"].startswith("\ufffd[31mxxx")
+    assert len(decoded.error["message"]) <= 2000
+    assert decoded.error["hint"] == "first\nsecond"
+    assert set(decoded.error) == {"code", "message", "hint"}
+
+
+def test_peek_sees_epoch_and_rows_of_the_hot_messages_only() -> None:
+    rows = (Row(3, 5, 1, True), Row(4, 0, 2, False))
+    assert peek(framed(m.Step(9, rows, bytes(12)))) == (9, rows)
+    hidden = m.Hidden(9, rows, 2, Activations.FLOAT32, bytes(24))
+    assert peek(framed(hidden)) == (9, rows)
+    results = (Result(3, 5, 17),)
+    assert peek(framed(m.Tokens(9, results))) == (9, results)
+    with pytest.raises(RemoteProtocolError):
+        peek(framed(m.Ping(1)))
+
+
+@pytest.mark.parametrize("fields", [[], [1], [-1, [[0, 0, 1, True]]], [1, [[0, 0, 1]]], 3])
+def test_peek_refuses_what_it_looks_at(fields: Any) -> None:
+    with pytest.raises(RemoteProtocolError):
+        peek(made(30, fields, bytes(4)))
+
+
+def test_payload_limits_of_a_plan_admit_its_largest_messages_and_no_more() -> None:
+    limits = m.payload_limits(
+        chunk=128, width=2048, activations=Activations.FLOAT16, logit_rows=1, vocab=1000
+    )
+    assert limits == {31: 128 * (2 + 4096), 32: 4000}
+    plain = m.payload_limits(chunk=1, width=8, activations=Activations.FLOAT32)
+    assert plain == {31: 32, 32: 0}
+
+
+def test_a_shared_map_default_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        m.DEFAULT_PAYLOAD_LIMITS[31] = 1  # type: ignore[index]
