@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn import functional
+
 from demo_model import export, text, vocabulary
 from demo_model.network import Llama, Shape
 from demo_model.vocabulary import ASSISTANT, BEGIN, END, USER, Vocabulary
-from torch.nn import functional
 
 QUESTION_WEIGHT = 0.05
 """Of a question's tokens in the loss: what people ask is mostly chance, what to answer is not."""

@@ -289,13 +289,17 @@ TINY_MODELS: dict[str, TinyModel] = {
 }
 
 
-def write_tiny_model(name: str, directory: Path) -> Path:
-    """Write the tiny model ``name`` into ``directory``; the same bytes every time."""
+def write_tiny_model(name: str, directory: Path, *, layers: int = 0) -> Path:
+    """Write the tiny model ``name`` into ``directory``; the same bytes every time.
+
+    ``layers`` is for another number of layers than the usual one.
+    """
     model = TINY_MODELS[name]
-    path = directory / f"{name}.gguf"
+    layers = layers or model.layers
+    path = directory / f"{name}-{layers}.gguf"
     writer = gguf.GGUFWriter(path, model.architecture)
     random = np.random.default_rng(zlib.crc32(name.encode("utf-8")))
-    model.build(_Build(writer, random, model.layers, model.head_size))
+    model.build(_Build(writer, random, layers, model.head_size))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

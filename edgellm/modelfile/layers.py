@@ -137,10 +137,16 @@ def span_problem(model: Model, span: LayerSpan) -> str | None:
 def _kinds_problem(
     kinds: tuple[LayerKind, ...], rule: ArchitectureRule, span: LayerSpan
 ) -> str | None:
-    """llama.cpp aborts where a hybrid's graph has no layer of one of its two kinds."""
+    """llama.cpp aborts where a stage has no layer of a kind that its graph insists on.
+
+    A hybrid's graph wants both kinds; one with sliding windows wants a windowed layer, but does
+    without a full one.
+    """
+    held = kinds[span.first : span.end]
+    if any(kind.window is not None for kind in kinds) and all(k.window is None for k in held):
+        return "a stage needs at least one layer with a sliding window"
     if rule.recurrence in (Recurrence.NONE, Recurrence.ALL, Recurrence.EVERY):
         return None
-    held = kinds[span.first : span.end]
     if not any(kind.attention for kind in held):
         return "a stage needs at least one attention layer"
     if not any(kind.recurrent for kind in held):

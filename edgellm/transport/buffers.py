@@ -10,6 +10,9 @@ from collections import deque
 
 from edgellm.errors import PeerLostError
 
+_CHUNK_COST = 64
+"""Bytes that an object and its place in a queue take beyond its contents."""
+
 
 class Inbox:
     """Received chunks that nobody has read yet, and how the stream ended, if it has."""
@@ -21,6 +24,11 @@ class Inbox:
         self._ended = False
         self._chunks: deque[bytes] = deque()
         self._reader: asyncio.Future[None] | None = None
+
+    @property
+    def held(self) -> int:
+        """Memory taken, about: a flood of one-byte chunks costs far more than its bytes."""
+        return self.unread + _CHUNK_COST * len(self._chunks)
 
     def put(self, chunk: bytes) -> None:
         self._chunks.append(chunk)

@@ -56,7 +56,7 @@ class TcpStream(asyncio.Protocol):
 
     async def read(self, max_bytes: int) -> bytes:
         chunk = await self._inbox.read(max_bytes)
-        if self._reading_paused and self._inbox.unread <= _READ_LOW:
+        if self._reading_paused and self._inbox.held <= _READ_LOW:
             self._reading_paused = False
             if self._transport is not None:
                 self._transport.resume_reading()
@@ -108,7 +108,7 @@ class TcpStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._inbox.put(data)
-        if self._inbox.unread >= _READ_HIGH and self._transport is not None:
+        if self._inbox.held >= _READ_HIGH and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
 

@@ -65,6 +65,7 @@ case "$*" in
         ;;
     *'pip '*install*)
         echo "install $*" >>"$FAKE_LOG"
+        [ -z "$FAKE_INSTALL_FAILS" ] || { echo 'ERROR: no such host'; exit 1; }
         for tool in edgellm lint-imports; do cp "$0" "$(dirname "$0")/$tool"; done
         ;;
     '-m '* | 'demo '* | '') # a tool of the environment
@@ -248,6 +249,15 @@ def test_a_failed_build_says_where_its_log_is(ready_machine: Machine) -> None:
     assert not list(ready_machine.wheels.rglob("building.*"))
     assert ready_machine.calls("install") == []
     assert ready_machine.setup().returncode == 0, "a later run starts over"
+
+
+def test_a_failed_install_shows_why_and_is_tried_again(ready_machine: Machine) -> None:
+    done = ready_machine.setup(FAKE_INSTALL_FAILS="1")
+    assert done.returncode == 1
+    assert "ERROR: no such host" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("setup: pip could not install")
+    assert ready_machine.setup().returncode == 0
+    assert len(ready_machine.calls("wheel")) == 1, "what was built is kept"
 
 
 def test_a_folder_that_cannot_be_written_is_named(ready_machine: Machine) -> None:

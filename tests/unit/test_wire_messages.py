@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -115,6 +117,24 @@ def test_fields_travel_as_one_array_in_the_order_of_the_class(
 ) -> None:
     names = [field.name for field in dataclasses.fields(message) if field.name != "payload"]
     assert len(msgpack.unpackb(framed(message).meta, strict_map_key=True)) == len(names)
+
+
+def test_the_documented_table_is_the_one_in_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    line = re.compile(r"^\| (\d+) \| `(\w+)` \| ([\w, ]*)\|", re.MULTILINE)
+    documented = {
+        (int(kind), name, tuple(part.strip() for part in parts.split(",") if part.strip()))
+        for kind, name, parts in line.findall(page)
+    }
+    in_code = {
+        (
+            kind,
+            type(message).__name__,
+            tuple(each.name for each in dataclasses.fields(message) if each.name != "payload"),
+        )
+        for kind, message in EXAMPLES
+    }
+    assert documented == in_code
 
 
 def test_a_token_comes_back_in_far_less_than_200_bytes() -> None:

@@ -1,0 +1,143 @@
+"""The exactness contract, over real processes and TCP, against llama.cpp running the whole model.
+
+Bits are compared, not tolerances. Every claim has its negative control beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgellm.client import Completion, GenerateOptions, LoadedModel, LoadOptions
+from edgellm.types import SamplerSettings
+from tests.cluster.conftest import StartCluster
+from tests.reference import WholeModel
+
+TOKENS = 200
+CONTEXT = 512
+PROMPTS = (
+    "Once upon a time",
+    "Lily and Tom went to the park",
+    "The big dog was very",
+    "One day, a little bird",
+    "There was a boy who liked to",
+    "Mom said that it was time",
+    "In the forest, the bear",
+    "The cat sat on the red",
+    "A girl named Sue had a",
+    "He was sad because his toy",
+)
+STORIES = "stories260K-f32.gguf"
+TINY = "TinyStories-656K-q8_0.gguf"
+
+
+class Whole:
+    """The reference: greedy tokens and the logits of every step, of the undivided model."""
+
+    def __init__(self, path: Path, chunk: int) -> None:
+        self._model = WholeModel(path, chunk=chunk, context=CONTEXT)
+
+    def greedy(self, prompt: list[int], count: int, shift: int = 0) -> tuple[list[int], np.ndarray]:
+        """``shift`` moves all positions by as much: wrong on purpose, for the controls."""
+        model = self._model
+        model.reset()
+        logits = None
+        for begin in range(0, len(prompt), model.chunk):
+            logits = model.decode(prompt[begin : begin + model.chunk], begin + shift)
+        assert logits is not None
+        rows, tokens = [logits[0]], [int(np.argmax(logits[0]))]
+        while len(tokens) < count:
+            logits = model.decode([tokens[-1]], len(prompt) + len(tokens) - 1 + shift)
+            rows.append(logits[0])
+            tokens.append(int(np.argmax(logits[0])))
+        return tokens, np.stack(rows)
+
+    def close(self) -> None:
+        self._model.close()
+
+
+async def greedy(model: LoadedModel, prompt: list[int], count: int = TOKENS) -> Completion:
+    return await model.complete(
+        prompt,
+        GenerateOptions(
+            max_tokens=count,
+            sampler=SamplerSettings(temperature=0.0),
+            ignore_eos=True,
+            logits=True,
+        ),
+    )
+
+
+def split(stages: int, layers: int) -> str:
+    """Stages as even as they can be: ``a:0-2,b:2-5``."""
+    cuts = [round(index * layers / stages) for index in range(stages + 1)]
+    return ",".join(f"{'abcde'[i]}:{cuts[i]}-{cuts[i + 1]}" for i in range(stages))
+
+
+@pytest.mark.parametrize(
+    ("file", "layers", "stages"),
+    [(STORIES, 5, 1), (STORIES, 5, 2), (STORIES, 5, 3), (STORIES, 5, 5), (TINY, 2, 2)],
+)
+async def test_reference_mode_is_bit_identical_to_the_whole_model(
+    shared_models: Path, start_cluster: StartCluster, file: str, layers: int, stages: int
+) -> None:
+    path = shared_models / file
+    options = LoadOptions(stages=split(stages, layers), exact=True, context=CONTEXT)
+    whole = Whole(path, options.chunk)
+    async with start_cluster(stages) as (cluster, _), cluster.load(str(path), options) as model:
+        for number, text in enumerate(PROMPTS):
+            prompt = await model.prompt_tokens(text, raw=True)
+            tokens, logits = whole.greedy(prompt, TOKENS)
+            answer = await greedy(model, prompt)
+            assert list(answer.tokens) == tokens, text
+            assert np.array_equal(np.stack(answer.logits), logits), text
+            if number == 0:  # negative control: the comparison sees positions off by one
+                _, shifted = whole.greedy(prompt, TOKENS, shift=1)
+                assert not np.array_equal(np.stack(answer.logits), shifted)
+    whole.close()
+
+
+async def test_a_prompt_in_several_chunks_is_bit_identical(
+    shared_models: Path, start_cluster: StartCluster
+) -> None:
+    path = shared_models / STORIES
+    options = LoadOptions(stages=split(3, 5), exact=True, context=CONTEXT, chunk=32)
+    whole = Whole(path, 32)
+    prompt = np.random.default_rng(7).integers(3, 512, 301).tolist()
+    tokens, logits = whole.greedy(prompt, 20)
+    async with start_cluster(3) as (cluster, _), cluster.load(str(path), options) as model:
+        answer = await greedy(model, prompt, 20)
+    assert list(answer.tokens) == tokens
+    assert np.array_equal(np.stack(answer.logits), logits)
+    # negative control: two tokens of the prompt change places
+    prompt[3], prompt[4] = prompt[4], prompt[3]
+    assert not np.array_equal(np.stack(answer.logits), whole.greedy(prompt, 20)[1])
+    whole.close()
+
+
+async def test_normal_mode_gives_the_same_tokens_for_nine_of_ten_prompts(
+    shared_models: Path, start_cluster: StartCluster
+) -> None:
+    path = shared_models / STORIES
+    options = LoadOptions(stages=split(2, 5), context=CONTEXT)
+    whole = Whole(path, options.chunk)
+    differing = []
+    bits_differ = False
+    async with start_cluster(2) as (cluster, _), cluster.load(str(path), options) as model:
+        for text in PROMPTS:
+            prompt = await model.prompt_tokens(text, raw=True)
+            tokens, logits = whole.greedy(prompt, TOKENS)
+            answer = await greedy(model, prompt)
+            bits_differ |= not np.array_equal(np.stack(answer.logits), logits)
+            if list(answer.tokens) != tokens:
+                at = next(i for i, pair in enumerate(zip(answer.tokens, tokens)) if pair[0] != pair[1])
+                best = np.sort(logits[at])[-2:]
+                differing.append(f"{text!r}: from token {at}, best two {best[1] - best[0]:.2e} apart")
+    whole.close()
+    print("normal mode:", 10 - len(differing), "of 10 identical;", "; ".join(differing))
+    assert len(differing) <= 1, differing
+    # negative control: float16 between the stages does change bits, so the exact tests above
+    # would see it
+    assert bits_differ
