@@ -95,6 +95,9 @@ class StubCard:
     def boundaries(self) -> tuple[int, ...]:
         return tuple(range(1, self.n_layers))
 
+    def span_problem(self, span: LayerSpan) -> str | None:
+        return None
+
     def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> StageMemory:
         return _StubMemory(len(span) << 20)
 
