@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -197,7 +197,7 @@ class LoadedModel:
         return self.pipeline.plan
 
     async def prompt_tokens(self, prompt: str | Messages, raw: bool = False) -> list[int]:
-        """Token ids of a text, or of chat messages (``role``, ``content``) by the model's template."""
+        """Token ids of a text, or of chat messages by the model's template."""
         template = self.opened.chat_template
         if isinstance(prompt, str) and (raw or template is None):
             return await self._text.tokenize(prompt, add_special=True, parse_special=False)
@@ -262,7 +262,7 @@ class Answer:
         self._finish = FinishReason.CANCELLED
         self._figures: Figures | None = None
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
         pipeline = self._model.pipeline
         request = await self._model.request(self._prompt, self._options)
@@ -284,15 +284,14 @@ class Answer:
             after=await Snapshot.take(pipeline),
         )
 
-    async def _read(self, running: Running) -> AsyncIterator[Piece]:
+    async def _read(self, running: Running) -> AsyncGenerator[Piece, None]:
         decoder, matcher = IncrementalDecoder(), StopMatcher(self._options.stop)
         async for made in running.tokens():
-            if matcher.matched is not None:
-                continue  # it was under way when the stop string was complete
             data = (await self._model.pieces_of([made.token]))[0]
             yield Piece(matcher.feed(decoder.feed(data)), made)
             if matcher.matched is not None:
                 running.stop(FinishReason.STOP)
+                break
         rest = matcher.feed(decoder.finish()) + matcher.finish()
         if rest:
             yield Piece(rest, None)
@@ -372,9 +371,7 @@ class Cluster:
         started = time.perf_counter()
         opened = open_reference(model) if isinstance(model, str) else model
         plan = plan or plan_over(opened, self.offers(), options or LoadOptions())
-        source = ModelSource(
-            opened.engine, opened.path, opened.digest, opened.width, opened.vocab
-        )
+        source = ModelSource(opened.engine, opened.path, opened.digest, opened.width, opened.vocab)
         text = await opened.text()
         try:
             vocabulary = await text.info()

@@ -20,9 +20,7 @@ class EdgeError(Exception):
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "internal"
 
-    def __init__(
-        self, message: str, *, device: str | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, device: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.device = device

@@ -88,7 +88,9 @@ class Figures:
         names = [stage.device for stage in self.plan.stages]
         links = []
         for index, name in enumerate(names):
-            links.append(self._link(self.coordinator, name, self.before.sent, self.after.sent, index))
+            links.append(
+                self._link(self.coordinator, name, self.before.sent, self.after.sent, index)
+            )
         for index, name in enumerate(names[:-1]):
             moved = [int(self.stage(index, f"next_{what}")) for what in ("bytes", "messages")]
             links.append(

@@ -26,7 +26,7 @@ class Mode(enum.StrEnum):
     """The two tiers of the exactness contract."""
 
     REFERENCE = "reference"
-    """float32 activations, one sequence a decode call, split KV cache: bit-equal to the whole model."""
+    """float32 activations, one sequence a decode call, split KV cache: bit-equal to the whole."""
     NORMAL = "normal"
     """float16 activations with a power-of-two scale a row, shared cache, batches."""
 

@@ -42,7 +42,7 @@ class Ask:
     as_json: bool
 
 
-def ask_from(  # noqa: PLR0913 - one parameter an option
+def ask_from(
     *,
     model: str | None,
     prompt: str | None,
@@ -111,7 +111,7 @@ def ask_from(  # noqa: PLR0913 - one parameter an option
     )
 
 
-def chat(  # noqa: PLR0913
+def chat(
     model: o.Model = None,
     prompt: o.Prompt = None,
     peer: o.Peers = None,
@@ -160,7 +160,7 @@ def chat(  # noqa: PLR0913
     run(work, as_json)
 
 
-def demo(  # noqa: PLR0913
+def demo(
     devices: o.Devices = 3,
     model: o.Model = None,
     prompt: o.Prompt = None,
@@ -189,7 +189,7 @@ def demo(  # noqa: PLR0913
     pin: o.DemoPin = True,
     as_json: o.Json = False,
 ) -> None:
-    """Start devices a, b, c, ... on this machine, split a model over them, answer, leave nothing."""
+    """Start devices a, b, c, ... on this machine, split a model over them and answer."""
     given = {k: v for k, v in locals().items() if k not in ("devices", "memory", "pin")}
 
     async def work() -> None:

@@ -18,7 +18,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def _option(flag: str, text: str, **more: Any) -> Any:
-    twin = "EDGELLM_" + flag.split("/")[0].removeprefix("--").replace("-", "_").upper()
+    twin = "EDGELLM_" + flag.split("/", maxsplit=1)[0].removeprefix("--").replace("-", "_").upper()
     return typer.Option(flag, help=text, envvar=twin, **more)
 
 

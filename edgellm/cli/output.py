@@ -33,7 +33,7 @@ def run(work: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
     except BrokenPipeError:  # whoever read our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(INTERRUPTED)
-    except Exception as error:  # a bug: say so without a traceback, unless it is asked for
+    except Exception as error:  # noqa: BLE001 - a bug: said without a traceback, unless asked for
         if os.environ.get("EDGELLM_DEBUG"):
             traceback.print_exc()
         unexpected = EdgeError(

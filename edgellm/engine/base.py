@@ -91,7 +91,7 @@ class StageEngine(Protocol):
 
     @property
     def joint(self) -> str:
-        """Which rows may share one decode call: ``"any"``, ``"equal"`` (equal counts), ``"none"``."""
+        """Which rows may share one call: ``"any"``, ``"equal"`` (equal counts), ``"none"``."""
 
     @property
     def native_seconds(self) -> float:
@@ -118,6 +118,6 @@ class Sampler(Protocol):
     """Picks one token from one row of logits; see ``sampling.py``."""
 
     def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
-        """``logits`` float32 [vocabulary], read only; ``history`` all tokens before ``position``."""
+        """``logits`` float32 [vocabulary]; ``history`` all tokens before ``position``."""
 
     def close(self) -> None: ...

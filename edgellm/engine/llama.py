@@ -104,7 +104,8 @@ class LlamaEngine:
         self._target = f"{config.residual}-{len(config.span) - 1}".encode()
         self._input_node = b"" if config.first else config.input_node.encode()
         self._watched = frozenset(
-            name for name, used in ((self._target, not config.last), (self._input_node, True))
+            name
+            for name, used in ((self._target, not config.last), (self._input_node, True))
             if used and name
         )
         self._written = 0
@@ -197,7 +198,7 @@ class LlamaEngine:
     ) -> Decoded:
         batch = self._batch
         total = batch.place(rows, all_outputs=not self._config.last)
-        if self._takes_tokens:
+        if self._takes_tokens and tokens is not None:
             batch.tokens[:total] = tokens
         elif batch.hidden is not None:
             source = self._embedding.rows(tokens) if self._embedding is not None else hidden

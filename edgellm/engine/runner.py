@@ -7,6 +7,7 @@ a row of a sequence that is not open (cancelled a moment ago) is dropped.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -205,6 +206,6 @@ class StageRunner:
 
 def _take(source: Any, spans: list[tuple[int, int]]) -> Any:
     """The rows of ``spans``; a view where they are one run, which is the usual case."""
-    if all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if all(left[1] == right[0] for left, right in itertools.pairwise(spans)):
         return source[spans[0][0] : spans[-1][1]]
     return np.concatenate([source[begin:end] for begin, end in spans])

@@ -11,7 +11,14 @@ from edgellm.engine.childside import open_channel
 from edgellm.engine.server import EngineTable, StageServer
 from edgellm.types import SamplerSettings
 from edgellm.wire.frames import MAX_PAYLOAD_BYTES, FrameDecoder
-from edgellm.wire.messages import DEFAULT_PAYLOAD_LIMITS, LOCAL_KINDS, Hidden, decode, encode, kind_of
+from edgellm.wire.messages import (
+    DEFAULT_PAYLOAD_LIMITS,
+    LOCAL_KINDS,
+    Hidden,
+    decode,
+    encode,
+    kind_of,
+)
 
 
 def _llama(config: StageConfig) -> StageEngine:

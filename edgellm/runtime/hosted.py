@@ -17,7 +17,14 @@ from pathlib import Path
 from edgellm.engine.base import StageConfig
 from edgellm.engine.host import HostFactory, StageHost
 from edgellm.engine.server import stage_config_to
-from edgellm.errors import DeadlineError, EdgeError, PeerLostError, RemoteProtocolError, StageError, error_from_dict
+from edgellm.errors import (
+    DeadlineError,
+    EdgeError,
+    PeerLostError,
+    RemoteProtocolError,
+    StageError,
+    error_from_dict,
+)
 from edgellm.runtime.session import Session
 from edgellm.store.shards import ShardFiles, ShardFolder
 from edgellm.types import LayerSpan
@@ -112,9 +119,7 @@ class HostedStage:
                 device=self._parts.device,
             ) from error
         timings = {**ready.timings, "cut_s": cut_s, "total_s": time.perf_counter() - started}
-        self.coordinator.send(
-            StageReady(request.epoch, request.index, ready.memory_bytes, timings)
-        )
+        self.coordinator.send(StageReady(request.epoch, request.index, ready.memory_bytes, timings))
         self._pump = asyncio.create_task(self._pump_answers(self._host))
 
     async def _config(self) -> StageConfig:

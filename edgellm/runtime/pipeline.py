@@ -206,9 +206,7 @@ class Pipeline:
             and (running := self._running.get(result.sequence)) is not None
             and running.request.logits
         ]
-        logits = iter(
-            decode_logits(message.payload, len(wanting), self._vocab) if wanting else ()
-        )
+        logits = iter(decode_logits(message.payload, len(wanting), self._vocab) if wanting else ())
         for result in message.results:
             running = self._running.get(result.sequence)
             if running is not None:

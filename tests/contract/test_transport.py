@@ -12,6 +12,7 @@ import pytest
 
 from edgellm.errors import PeerLostError, RemoteProtocolError
 from edgellm.transport.base import MAX_BUFFERED_BYTES, Listener, OnStream, Stream, Transport
+from edgellm.transport.buffers import Inbox
 from edgellm.transport.memory import Link, MemoryNetwork
 from edgellm.transport.tcp import TcpTransport
 from edgellm.wire import messages as m
@@ -321,6 +322,14 @@ async def test_two_connections_talk_over_it(pair: Pair) -> None:
     assert [result.position for result in results] == list(range(100))
     near.close()
     await asyncio.wait_for(serving, PATIENCE_S)
+
+
+def test_an_inbox_counts_what_tiny_chunks_really_cost() -> None:
+    inbox = Inbox()
+    for _ in range(1000):
+        inbox.put(b"x")
+    assert inbox.unread == 1000
+    assert inbox.held > 50_000
 
 
 # --- TCP only -------------------------------------------------------------------------

@@ -186,6 +186,15 @@ def test_msgpack_bombs_are_refused_in_little_memory(name: str, meta: bytes, kind
     assert peak_of(data, len(data)) < 10 * MIB, name
 
 
+@pytest.mark.parametrize(
+    "value", [[0] * 1025, [dict.fromkeys(map(str, range(65)), 0)], ["x" * 32_769], [b"x"]]
+)
+def test_bounds_hold_while_unpacking_and_not_only_after(value: object) -> None:
+    (frame,) = FrameDecoder(LIMITS).feed(b"".join(encode_frame(3, msgpack.packb(value))))
+    with pytest.raises(RemoteProtocolError, match="broken meta"):
+        m.decode(frame)
+
+
 @pytest.mark.parametrize("pieces", [1, 2, 13, 4096])
 def test_a_drip_of_tiny_reads_costs_no_more_than_the_frame(pieces: int) -> None:
     data = b"".join(encode_frame(30, bytes(MAX_META_BYTES), bytes(4096)))
