@@ -340,7 +340,7 @@ class Cluster:
         try:
             if own is not None:
                 await own.start()
-                addresses.insert(0, own.address)
+                await coordinator.connect(*own.address, via=own.direct())
             for host, port in addresses:
                 await coordinator.connect(host, port)
             yield cls(coordinator)

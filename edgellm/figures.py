@@ -64,6 +64,10 @@ class Figures:
         """How much a stage's counter grew."""
         return self.after.stages[index].get(name, 0) - self.before.stages[index].get(name, 0)
 
+    def compute(self, index: int) -> float:
+        """Seconds that a stage spent inside the engine's compute call."""
+        return self.stage(index, "prefill_s") + self.stage(index, "decode_s")
+
     def timings(self) -> dict[str, Any]:
         return {
             "ttft_s": _rounded(self.ttft_s),
@@ -73,7 +77,9 @@ class Figures:
             "stages": [
                 {
                     "device": stage.device,
-                    "decode_s": _rounded(self.stage(index, "native_s")),
+                    "llama_decode_s": _rounded(self.compute(index)),
+                    "prefill_s": _rounded(self.stage(index, "prefill_s")),
+                    "decode_s": _rounded(self.stage(index, "decode_s")),
                     "busy_s": _rounded(self.stage(index, "busy_s")),
                     "sample_s": _rounded(self.stage(index, "sample_s")),
                     "tokens": int(self.stage(index, "tokens")),

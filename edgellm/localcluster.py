@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.errors import DeviceError, UsageError
+from edgellm.settings import NodeSettings
 
 START_WITHIN_S = 30.0
 STOP_WITHIN_S = 5.0
 MAX_DEVICES = 16
+_ROOT = str(Path(__file__).resolve().parents[1])
+"""A checkout that is not installed works from any folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,23 @@ async def local_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[list[Lo
         started: list[asyncio.subprocess.Process] = []
         try:
             for device in devices:
-                started.append(await _spawn(device, Path(folder) / device.name))
+                started.append(await _spawn(device, Path(folder) / device.name))  # noqa: PERF401
             yield await _addressed(devices, started)
         finally:
             await asyncio.shield(_stop_all(started))
+
+
+@contextlib.asynccontextmanager
+async def own_node(device: LocalDevice) -> AsyncIterator[NodeSettings]:
+    """Settings for a node of this process with a home that does not outlive it."""
+    with tempfile.TemporaryDirectory(prefix="edgellm-") as home:
+        yield NodeSettings(
+            name=device.name,
+            home=Path(home),
+            memory_bytes=device.memory_bytes,
+            threads=device.threads,
+            pin=device.pin,
+        )
 
 
 async def _addressed(
@@ -98,9 +114,7 @@ async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
     ]  # fmt: skip
     if device.pin:
         command += ["--pin", ",".join(map(str, device.pin))]
-    # A checkout that is not installed works from any folder.
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+    path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH", ""))))
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,

@@ -22,6 +22,7 @@ from edgellm.runtime.worker import Worker
 from edgellm.settings import NodeSettings
 from edgellm.store.shards import ShardFolder
 from edgellm.transport.base import Listener, Stream, Transport
+from edgellm.transport.memory import MemoryNetwork
 from edgellm.transport.tcp import TcpTransport
 from edgellm.wire.messages import DeviceInfo
 
@@ -53,6 +54,8 @@ class Node:
         self._sessions: set[Session] = set()
         self._worker: Worker | None = None
         self._listener: Listener | None = None
+        self._inside = MemoryNetwork()
+        self._inside_listener: Listener | None = None
 
     @property
     def device_id(self) -> str:
@@ -82,14 +85,22 @@ class Node:
             self._listener = await self._transport.listen(
                 self.settings.listen, self.settings.port, self._accept
             )
+            host, port = self._listener.address
+            inside = self._inside.transport("node")
+            self._inside_listener = await inside.listen(host, port, self._accept)
         except BaseException:
-            await self._worker.close()
+            await self.close()
             raise
+
+    def direct(self) -> Transport:
+        """A way to this node from inside its own process, without the kernel between."""
+        return self._inside.transport("inside")
 
     async def close(self) -> None:
         """Stop listening, end all stages, hang up."""
-        if self._listener is not None:
-            await self._listener.close()
+        for listener in (self._listener, self._inside_listener):
+            if listener is not None:
+                await listener.close()
         if self._worker is not None:
             await self._worker.close()
         for session in list(self._sessions):

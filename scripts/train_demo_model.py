@@ -139,7 +139,7 @@ def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the GGUF to write")
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--tokens", type=int, default=2048, help="trained on in one step")
     parser.add_argument(
         "--length", type=int, default=128, help="tokens in a row, for most of the run"

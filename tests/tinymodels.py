@@ -51,6 +51,11 @@ class _Build:
         values = 1 + self.random.standard_normal(size, dtype=np.float32) * np.float32(0.1)
         self.writer.add_tensor(name, values.astype(np.float32))
 
+    def decay(self, name: str, *shape: int) -> None:
+        """Negative numbers, so that a recurrent state fades instead of exploding."""
+        values = -np.abs(self.random.standard_normal(shape, dtype=np.float32)) - np.float32(0.1)
+        self.writer.add_tensor(name, values)
+
     def integer(self, suffix: str, value: int) -> None:
         self.writer.add_uint32(f"{self.writer.arch}.{suffix}", value)
 
@@ -259,6 +264,140 @@ def _lfm2(b: _Build) -> None:
             b.normal(f"{p}.shortconv.out_proj.weight", WIDTH, WIDTH)
 
 
+def _gemma1(b: _Build) -> None:
+    _common(b, head=False)
+    b.writer.add_head_count_kv(KV_HEADS)
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        b.norms(f"blk.{i}", "attn_norm", "ffn_norm")
+        b.attention(f"blk.{i}")
+        b.dense(f"blk.{i}")
+
+
+def _granite(b: _Build) -> None:
+    """A scale in front of everything; llama.cpp takes each from the metadata."""
+    _llama(b)
+    b.number("embedding_scale", 3.0)
+    b.number("residual_scale", 0.7)
+    b.number("logit_scale", 2.0)
+    b.number("attention.scale", 0.2)
+
+
+def _olmo2(b: _Build) -> None:
+    _common(b)
+    b.writer.add_head_count_kv(KV_HEADS)
+    b.writer.add_sliding_window(8)
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        p = f"blk.{i}"
+        b.norms(p, "post_attention_norm", "post_ffw_norm")
+        b.attention(p)
+        b.norm(f"{p}.attn_q_norm.weight", HEADS * b.head_size)
+        b.norm(f"{p}.attn_k_norm.weight", KV_HEADS * b.head_size)
+        b.dense(p)
+
+
+def _cohere2(b: _Build) -> None:
+    _common(b, head=False)
+    b.writer.add_head_count_kv(KV_HEADS)
+    b.writer.add_sliding_window(8)
+    b.writer.add_layer_norm_eps(1e-5)
+    b.number("logit_scale", 0.5)
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        b.norms(f"blk.{i}", "attn_norm")
+        b.attention(f"blk.{i}")
+        b.dense(f"blk.{i}")
+
+
+def _gpt_oss(b: _Build) -> None:
+    _common(b)
+    b.writer.add_head_count_kv(KV_HEADS)
+    b.writer.add_sliding_window(8)
+    b.writer.add_rope_dimension_count(b.head_size)
+    b.writer.add_expert_count(EXPERTS)
+    b.writer.add_expert_used_count(EXPERTS_USED)
+    b.writer.add_expert_feed_forward_length(EXPERT_FEED_FORWARD)
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        p = f"blk.{i}"
+        b.norms(p, "attn_norm", "post_attention_norm")
+        b.attention(p, bias=True)
+        b.normal(f"{p}.attn_output.bias", WIDTH)
+        b.normal(f"{p}.attn_sinks.weight", HEADS)
+        b.experts(p, EXPERT_FEED_FORWARD)
+        b.normal(f"{p}.ffn_gate_inp.bias", EXPERTS)
+        b.normal(f"{p}.ffn_gate_exps.bias", EXPERTS, EXPERT_FEED_FORWARD)
+        b.normal(f"{p}.ffn_up_exps.bias", EXPERTS, EXPERT_FEED_FORWARD)
+        b.normal(f"{p}.ffn_down_exps.bias", EXPERTS, WIDTH)
+
+
+def _mamba(b: _Build) -> None:
+    """No attention at all: every layer carries a recurrent state."""
+    _common(b)
+    inner, kernel, state, rank = 2 * WIDTH, 4, 16, 8
+    for suffix, value in (
+        ("ssm.conv_kernel", kernel),
+        ("ssm.inner_size", inner),
+        ("ssm.state_size", state),
+        ("ssm.time_step_rank", rank),
+    ):
+        b.integer(suffix, value)
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        p = f"blk.{i}"
+        b.norms(p, "attn_norm")
+        b.normal(f"{p}.ssm_in.weight", 2 * inner, WIDTH)
+        b.normal(f"{p}.ssm_conv1d.weight", inner, kernel)
+        b.normal(f"{p}.ssm_conv1d.bias", inner)
+        b.normal(f"{p}.ssm_x.weight", rank + 2 * state, inner)
+        b.normal(f"{p}.ssm_dt.weight", inner, rank)
+        b.normal(f"{p}.ssm_dt.bias", inner)
+        b.decay(f"{p}.ssm_a", inner, state)
+        b.normal(f"{p}.ssm_d", inner)
+        b.normal(f"{p}.ssm_out.weight", WIDTH, inner)
+
+
+def _qwen35(b: _Build) -> None:
+    """Gated delta nets, every second layer attention, and four rotary sections (M-RoPE)."""
+    _common(b)
+    kernel, state, value_heads, key_heads = 4, 32, 4, 2
+    b.writer.add_head_count_kv(KV_HEADS)
+    b.writer.add_array(f"{b.writer.arch}.rope.dimension_sections", [4, 6, 6, 0])
+    for suffix, value in (
+        ("full_attention_interval", 2),
+        ("ssm.conv_kernel", kernel),
+        ("ssm.inner_size", state * value_heads),
+        ("ssm.state_size", state),
+        ("ssm.time_step_rank", value_heads),
+        ("ssm.group_count", key_heads),
+    ):
+        b.integer(suffix, value)
+    values, keys = state * value_heads, state * key_heads
+    b.norm("output_norm.weight", WIDTH)
+    for i in range(b.layers):
+        p = f"blk.{i}"
+        b.norms(p, "attn_norm", "post_attention_norm")
+        b.dense(p)
+        if (i + 1) % 2 == 0:
+            b.normal(f"{p}.attn_q.weight", 2 * HEADS * b.head_size, WIDTH)
+            b.normal(f"{p}.attn_k.weight", KV_HEADS * b.head_size, WIDTH)
+            b.normal(f"{p}.attn_v.weight", KV_HEADS * b.head_size, WIDTH)
+            b.normal(f"{p}.attn_output.weight", WIDTH, HEADS * b.head_size)
+            b.norm(f"{p}.attn_q_norm.weight", b.head_size)
+            b.norm(f"{p}.attn_k_norm.weight", b.head_size)
+            continue
+        b.normal(f"{p}.attn_qkv.weight", 2 * keys + values, WIDTH)
+        b.normal(f"{p}.attn_gate.weight", values, WIDTH)
+        b.normal(f"{p}.ssm_conv1d.weight", 2 * keys + values, kernel)
+        b.normal(f"{p}.ssm_dt.bias", value_heads)
+        b.decay(f"{p}.ssm_a", value_heads)
+        b.normal(f"{p}.ssm_beta.weight", value_heads, WIDTH)
+        b.normal(f"{p}.ssm_alpha.weight", value_heads, WIDTH)
+        b.norm(f"{p}.ssm_norm.weight", state)
+        b.normal(f"{p}.ssm_out.weight", WIDTH, values)
+
+
 @dataclass(frozen=True, slots=True)
 class TinyModel:
     """A recipe for one tiny model."""
@@ -283,6 +422,14 @@ TINY_MODELS: dict[str, TinyModel] = {
         TinyModel("qwen3moe", "qwen3moe", 4, _qwen3moe),
         TinyModel("gemma2", "gemma2", 5, _gemma2),
         TinyModel("gemma3", "gemma3", 13, _gemma3),
+        TinyModel("gemma", "gemma", 4, _gemma1),
+        TinyModel("granite", "granite", 4, _granite),
+        TinyModel("minicpm", "minicpm", 4, _llama),
+        TinyModel("olmo2", "olmo2", 9, _olmo2, head_size=WIDTH // HEADS),
+        TinyModel("cohere2", "cohere2", 9, _cohere2, head_size=WIDTH // HEADS),
+        TinyModel("gpt-oss", "gpt-oss", 5, _gpt_oss),
+        TinyModel("mamba", "mamba", 4, _mamba),
+        TinyModel("qwen35", "qwen35", 6, _qwen35),
         TinyModel("phi3", "phi3", 4, _phi3, head_size=WIDTH // HEADS),
         TinyModel("lfm2", "lfm2", 6, _lfm2, head_size=WIDTH // HEADS),
     )

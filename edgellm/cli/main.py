@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from edgellm import __version__
+from edgellm.cli.bench import bench
 from edgellm.cli.chat import chat, demo
 from edgellm.cli.join import join
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(chat)
 app.command()(join)
+app.command()(bench)
 
 
 def _version(asked: bool) -> None:

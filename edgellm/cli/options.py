@@ -74,6 +74,9 @@ UntilStdinCloses = Annotated[
     bool, _option("--until-stdin-closes", "End when standard input does.", hidden=True)
 ]
 Devices = Annotated[int, _option("--devices", "How many devices to start.", min=1, max=16)]
+BenchDevices = Annotated[int, _option("--devices", "How many stages.", min=1, max=16)]
+Pairs = Annotated[int, _option("--pairs", "Interleaved runs of each.", min=1)]
+Only = Annotated[str | None, _option("--only", "Measure only what begins like this.")]
 DemoPin = Annotated[
     bool, _option("--pin/--no-pin", "Give each device processors of its own where they suffice.")
 ]

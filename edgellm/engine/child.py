@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Self
 
@@ -60,6 +60,8 @@ class Child:
         self._held = 0
         self._eof = False
         self._paused = False
+        self._callback: Callable[[bytes], None] | None = None
+        self._told_end = False
         self._reader: asyncio.Future[None] | None = None
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
@@ -153,10 +155,37 @@ class Child:
             finally:
                 self._reader = None
         data = self._take(n)
-        if self._paused and self._held < READ_LIMIT // 2 and self._stdout is not None:
+        if self._held < READ_LIMIT // 2:
+            self.resume()
+        return data
+
+    def receive_with(self, callback: Callable[[bytes], None]) -> None:
+        """Instead of ``read``: give what comes to ``callback`` in the turn of the event loop that
+        it arrives in, and ``b""`` once at the end. The callback must not raise."""
+        self._callback = callback
+        self._deliver()
+
+    def pause(self) -> None:
+        """Take nothing more from the child for now; it waits when its pipe is full."""
+        if not self._paused and self._stdout is not None:
+            self._paused = True
+            self._loop.remove_reader(self._stdout)
+
+    def resume(self) -> None:
+        if self._paused and self._stdout is not None:
             self._paused = False
             self._loop.add_reader(self._stdout, self._on_stdout)
-        return data
+
+    def _deliver(self) -> None:
+        """To whoever wants it: the callback, else the task that waits in ``read``."""
+        if self._callback is None:
+            _wake(self._reader)
+            return
+        while self._chunks:
+            self._callback(self._take(READ_LIMIT))
+        if self._eof and not self._told_end:
+            self._told_end = True
+            self._callback(b"")
 
     def _take(self, n: int) -> bytes:
         """Up to ``n`` held bytes; without a copy in the common case of one short chunk."""
@@ -175,10 +204,9 @@ class Child:
     def _on_stdout(self) -> None:
         # Until the pipe is empty, so that a large frame wakes its reader once.
         self._pull_stdout(READ_LIMIT)
-        if self._held >= READ_LIMIT and self._stdout is not None:
-            self._paused = True
-            self._loop.remove_reader(self._stdout)
-        _wake(self._reader)
+        self._deliver()
+        if self._held >= READ_LIMIT:
+            self.pause()
 
     def _pull_stdout(self, limit: int) -> None:
         while self._stdout is not None and self._held < limit:
@@ -190,12 +218,14 @@ class Child:
                 return
             self._chunks.append(data)
             self._held += len(data)
+            if len(data) < READ_CHUNK:  # the pipe is empty; asking again would only cost a call
+                return
 
     def _close_stdout(self) -> None:
         self._release(self._stdout)
         self._stdout = None
         self._eof = True
-        _wake(self._reader)
+        self._deliver()
 
     def _on_stderr(self) -> None:
         if self._stderr is None:

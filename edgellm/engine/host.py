@@ -1,15 +1,14 @@
 """Where a stage runs, seen from its node: in a process of its own, or inline for tests.
 
-Both take the messages of ``server.StageServer`` and give its answers as frames, so that a node
-can forward them unread. When a stage ends, ``receive`` returns an empty list and ``reason``
-says why in words.
+Both take the messages of ``server.StageServer`` and give its answers as frames, in the turn of
+the event loop that they arrive in, so that a node can forward them unread and at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from edgellm.engine.child import Child
 from edgellm.engine.server import EngineTable, StageServer
@@ -26,9 +25,17 @@ from edgellm.wire.messages import (
     kind_of,
 )
 
+OnFrame: TypeAlias = Callable[[Frame], None]
+"""Takes one answer of a stage. It must not raise and must not wait."""
+OnEnd: TypeAlias = Callable[[str], None]
+"""Told once, in words, why a stage ended that nobody stopped."""
+
 
 class StageHost(Protocol):
-    """One running stage. One task may send and one may receive at a time."""
+    """One running stage."""
+
+    def receive_with(self, on_frame: OnFrame, on_end: OnEnd) -> None:
+        """Who takes the answers; to be called once, before anything is sent."""
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """Queue one encoded message; after the stage's end it goes nowhere."""
@@ -37,15 +44,13 @@ class StageHost(Protocol):
     def unsent(self) -> int:
         """Bytes sent that the stage has not taken yet."""
 
-    async def receive(self) -> list[Frame]:
-        """The next answers, at least one; empty when the stage has ended."""
+    def pause(self) -> None:
+        """Take no answers for now; the stage waits when its pipe is full."""
+
+    def resume(self) -> None: ...
 
     async def stop(self) -> None:
         """End it and free its memory; harmless when it has ended."""
-
-    @property
-    def reason(self) -> str:
-        """Why it ended, or an empty string while it runs."""
 
 
 HostFactory = Callable[[str], Awaitable[StageHost]]
@@ -64,12 +69,33 @@ class ProcessStage:
     def __init__(self, child: Child) -> None:
         self._child = child
         self._decoder = _stage_decoder()
-        self._reason = ""
+        self._ending: asyncio.Task[None] | None = None
+        self._stopped = False
 
     @classmethod
     async def start(cls, name: str) -> ProcessStage:
         """Raises StageError where the process cannot be started."""
         return cls(await Child.start("edgellm.engine.stage_main", name=name))
+
+    def receive_with(self, on_frame: OnFrame, on_end: OnEnd) -> None:
+        def take(data: bytes) -> None:
+            if self._ending is not None:
+                return
+            garbage = ""
+            try:
+                for frame in self._decoder.feed(data):
+                    on_frame(frame)
+            except EdgeError as error:
+                garbage = f"sent garbage to its node ({error.message})"
+            if garbage or not data:
+                self._ending = asyncio.create_task(self._end(garbage, on_end))
+
+        self._child.receive_with(take)
+
+    async def _end(self, garbage: str, on_end: OnEnd) -> None:
+        ended = await self._child.stop()
+        if not self._stopped:
+            on_end(garbage or ended.reason)
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._child.write(buffers)
@@ -78,27 +104,17 @@ class ProcessStage:
     def unsent(self) -> int:
         return self._child.unsent
 
-    async def receive(self) -> list[Frame]:
-        while True:
-            data = await self._child.read()
-            if not data:
-                self._reason = (await self._child.stop()).reason
-                return []
-            try:
-                frames = self._decoder.feed(data)
-            except EdgeError as error:
-                await self._child.stop()
-                self._reason = f"sent garbage to its node ({error.message})"
-                return []
-            if frames:
-                return frames
+    def pause(self) -> None:
+        self._child.pause()
+
+    def resume(self) -> None:
+        self._child.resume()
 
     async def stop(self) -> None:
+        self._stopped = True
         await self._child.stop()
-
-    @property
-    def reason(self) -> str:
-        return self._reason
+        if self._ending is not None:
+            await self._ending
 
 
 class InlineStage:
@@ -108,32 +124,48 @@ class InlineStage:
         self._server = StageServer(engines)
         self._in = _stage_decoder()
         self._out = _stage_decoder()
-        self._answers: asyncio.Queue[list[Frame]] = asyncio.Queue()
-        self._reason = ""
+        self._on_frame: OnFrame = lambda frame: None
+        self._on_end: OnEnd = lambda reason: None
+        self._held: list[Frame] | None = None
+        self._ended = False
+
+    def receive_with(self, on_frame: OnFrame, on_end: OnEnd) -> None:
+        self._on_frame, self._on_end = on_frame, on_end
 
     def send(self, buffers: Sequence[Buffer]) -> None:
-        if self._reason:
+        # In a turn of its own, as a process would answer: the sender is not called back in
+        # the middle of its sending.
+        asyncio.get_running_loop().call_soon(self._work, b"".join(buffers))
+
+    def _work(self, data: bytes) -> None:
+        if self._ended:
             return
-        for frame in self._in.feed(b"".join(buffers)):
+        for frame in self._in.feed(data):
             for answer in self._server.handle(decode(frame, LOCAL_KINDS)):
-                self._answers.put_nowait(self._out.feed(b"".join(encode(answer))))
+                for out in self._out.feed(b"".join(encode(answer))):
+                    if self._held is None:
+                        self._on_frame(out)
+                    else:
+                        self._held.append(out)
 
     @property
     def unsent(self) -> int:
         return 0
 
-    async def receive(self) -> list[Frame]:
-        return await self._answers.get()
+    def pause(self) -> None:
+        if self._held is None:
+            self._held = []
+
+    def resume(self) -> None:
+        held, self._held = self._held, None
+        for frame in held or ():
+            self._on_frame(frame)
 
     async def stop(self) -> None:
-        self.crash("was stopped")
+        self._ended = True
 
     def crash(self, reason: str) -> None:
         """End at once, as if the process had died for ``reason``."""
-        if not self._reason:
-            self._reason = reason
-            self._answers.put_nowait([])
-
-    @property
-    def reason(self) -> str:
-        return self._reason
+        if not self._ended:
+            self._ended = True
+            self._on_end(reason)

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgellm.engine.base import Decoded, Float32, Int32, Sampler, SlotRow, StageConfig, StageEngine
 from edgellm.engine.grouping import decode_groups
-from edgellm.errors import EdgeError, StageError
+from edgellm.errors import EdgeError, RemoteProtocolError, StageError
 from edgellm.types import SamplerSettings
 from edgellm.wire.messages import Result, Row
 
@@ -52,8 +52,13 @@ class StageFigures:
 
     steps: int = 0
     tokens: int = 0
+    prefill_s: float = 0.0
+    """Inside the engine's compute call, for steps with chunks of a prompt."""
+    decode_s: float = 0.0
+    """The same for steps of one token a sequence."""
     sample_s: float = 0.0
     busy_s: float = 0.0
+    """All of it, from a step's arrival to its answer."""
 
 
 class StageRunner:
@@ -107,7 +112,10 @@ class StageRunner:
         """Decode a step; one outcome a decode call, as soon as each is there.
 
         ``tokens`` int32 [sum of counts] at the first stage, else ``hidden`` float32 [sum, width].
+        Raises RemoteProtocolError for two rows of one sequence: one may not follow a failed other.
         """
+        if len({row.sequence for row in rows}) != len(rows):
+            raise RemoteProtocolError("a step has two rows of one sequence.")
         started = time.perf_counter()
         accepted: list[Row] = []
         slot_rows: list[SlotRow] = []
@@ -135,6 +143,7 @@ class StageRunner:
         for group in decode_groups(slot_rows, self._engine.joint, capacity) if accepted else []:
             part = [spans[index] for index in group]
             group_rows = tuple(accepted[index] for index in group)
+            native = self._engine.native_seconds
             try:
                 decoded = self._engine.decode(
                     [slot_rows[index] for index in group],
@@ -146,6 +155,11 @@ class StageRunner:
                 for row in group_rows:
                     self.close(row.sequence)
                 outcome = Outcome(failures=tuple((row.sequence, error) for row in group_rows))
+            native = self._engine.native_seconds - native
+            if all(row.count == 1 for row in group_rows):
+                self.figures.decode_s += native
+            else:
+                self.figures.prefill_s += native
             self.figures.steps += 1
             self.figures.tokens += sum(row.count for row in group_rows)
             self.figures.busy_s += time.perf_counter() - started

@@ -51,8 +51,12 @@ class LlamaSampler:
         self._candidates = np.zeros(0 if self._plain else vocabulary, _TOKEN_DATA)
 
     def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
+        """See ``base.Sampler``. Raises StageError for logits of a computation that failed."""
+        best = int(np.argmax(logits))  # a NaN counts as the largest here
+        if not np.isfinite(logits[best]):
+            raise StageError("the model computed logits that are not numbers.")
         if self._plain:
-            return int(np.argmax(logits))
+            return best
         candidates = self._candidates
         candidates["id"] = np.arange(self._vocabulary, dtype=np.int32)
         candidates["logit"] = logits

@@ -145,7 +145,8 @@ class StageServer:
             epoch=message.epoch,
             index=self._index,
             stats={
-                "native_s": runner.engine.native_seconds,
+                "prefill_s": figures.prefill_s,
+                "decode_s": figures.decode_s,
                 "busy_s": figures.busy_s,
                 "sample_s": figures.sample_s,
                 "steps": figures.steps,

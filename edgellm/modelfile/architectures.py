@@ -77,6 +77,9 @@ class ArchitectureRule:
     scale: Scale = Scale.NONE
     default_scale: float = 0.0
     """The ``METADATA`` scale where the key is absent; 0: no scale."""
+    depth_scale: float = 0.0
+    """``residual_scale`` is this over the root of the number of layers where the key is absent:
+    a shard has fewer layers, so it says the value. 0: it does not depend on them."""
     tied_only: bool = False
     """llama.cpp never reads ``output.weight``: the head is always ``token_embd.weight``."""
     final_norm: str = "output_norm"
@@ -151,8 +154,7 @@ _RULED: dict[str, ArchitectureRule] = {
     "gpt-oss": ArchitectureRule(window=Window(period=2)),
     "mellum": ArchitectureRule(window=Window(period=4)),
     "grok": ArchitectureRule(scale=Scale.METADATA, default_scale=78.38367176906169),
-    "minicpm": ArchitectureRule(scale=Scale.METADATA, default_scale=12.0),
-    "minicpm3": ArchitectureRule(input_node="inp_scaled"),
+    "minicpm": ArchitectureRule(scale=Scale.METADATA, default_scale=12.0, depth_scale=1.4),
     "granite": ArchitectureRule(scale=Scale.METADATA),
     "granitemoe": ArchitectureRule(scale=Scale.METADATA),
     "granitehybrid": ArchitectureRule(scale=Scale.METADATA, recurrence=Recurrence.NO_KV_HEADS),
@@ -181,7 +183,7 @@ _SOLO_REASONS: dict[str, str] = {
     "it normalises its input again in every stage": "bloom rwkv6",
     "its graph depends on the index of a layer": "afmoe",
     "a two-part run was close but not bit-equal": "mpt",
-    "its arithmetic depends on the number of layers": "baichuan exaone4 exaone-moe llama4",
+    "its arithmetic depends on the number of layers": "baichuan exaone4 exaone-moe llama4 minicpm3",
     "layers share values with the first layer": "rwkv6qwen2 rwkv7 arwkv7 gemma3n gemma4",
     "layers share indexers or caches": "deepseek32 deepseek4 glm-dsa glm5-next dots3note hy_v4"
     " qwen4exp minimax-m3",

@@ -11,17 +11,25 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edgellm.errors import ModelFileError, UnsupportedModelError, UsageError
-from edgellm.modelfile.architectures import architecture_rule
+from edgellm.modelfile.architectures import ArchitectureRule, Support, architecture_rule
 from edgellm.modelfile.ggml_types import GGML_TYPES_BY_NAME
 from edgellm.modelfile.layers import LayerKind, layer_kinds, legal_boundaries, span_problem
 from edgellm.modelfile.metadata import meta_string
 from edgellm.modelfile.model import Model, layer_of, open_model
-from edgellm.modelfile.recipe import EMBEDDING, HEAD, shard_recipe
+from edgellm.modelfile.recipe import EMBEDDING, HEAD, outer_tensors
 from edgellm.modelfile.states import recurrent_state_bytes
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.types import EngineSettings, LayerSpan, Mode
 
-BASE_BYTES = 90 << 20
-"""Python, its libraries and llama.cpp's own, in a stage process without any model."""
+BASE_BYTES = 56 << 20
+"""Python, its libraries, llama.cpp's own and message buffers, in a stage process without a model:
+50 MiB measured on x86-64 Linux, and a little room."""
+
+_ROWS_ALIVE = 7
+"""Rows of the model's width that are alive for each token of a chunk outside llama.cpp's compute
+buffer (received, in the batch, copied out, being sent, quantised for the kernels): 57 KiB a token
+measured at n_embd 2048."""
+_FAULT_AROUND = 1 << 16
+"""Bytes that become resident when one row of the mapped embedding is touched."""
 
 _MAX_COUNT = 1 << 24
 _CELL_STEP = 256
@@ -34,6 +42,8 @@ class LayerCard:
 
     index: int
     weight_bytes: int
+    largest_tensor: int
+    """Bytes."""
     k_elements: int
     """Key elements that a token adds to the cache; 0 in a purely recurrent layer."""
     v_elements: int
@@ -53,14 +63,19 @@ class MemoryEstimate:
     """Predicted peak of a stage process, by part."""
 
     weights: int
+    """The shard's tensors and, in the first of several stages, the touched embedding rows."""
     kv: int
     """Cells of all sequences, and recurrent states."""
     compute: int
+    """llama.cpp's compute buffer."""
     base: int
+    """The process itself, and rows on their way in and out."""
+    loading: int
+    """Largest tensor: while it is repacked it exists twice, before there are cells."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.compute + self.base
+        return self.base + self.weights + max(self.kv + self.compute, self.loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +91,13 @@ class ModelCard:
     layers: tuple[LayerCard, ...]
     embedding_bytes: int
     head_bytes: int
-    """What the last stage holds beside its layers."""
+    """What the last of several stages holds beside its layers: head, norm, a placeholder."""
+    inner_bytes: int
+    """What every other of several stages holds beside its layers: next to nothing."""
     outer_bytes: int
     """Everything in the file that is not a layer's: what a process with the whole model holds."""
+    largest_outer: int
+    """Largest tensor of those."""
     tied_head: bool
     n_embd: int
     n_vocab: int
@@ -147,36 +166,48 @@ class ModelCard:
         """Predicted peak of a stage process that holds ``span``.
 
         Assumes what the engine does: weights read without mmap (one copy, repacked), flash
-        attention. The shard's header says exactly what is loaded.
+        attention, one output row a sequence.
         """
+        held = self._held(span)
+        largest = max(layer.largest_tensor for layer in held)
+        weights = self.span_bytes(span)
         if len(span) == self.n_layers:
-            weights = self.span_bytes(span) + self.outer_bytes
+            weights += self.outer_bytes
+        elif span.end == self.n_layers:
+            weights += self.head_bytes
         else:
-            weights = sum(t.layout.nbytes for t in shard_recipe(self.model, span).tensors)
+            weights += self.inner_bytes
+        if span.end == self.n_layers:
+            largest = max(largest, self.largest_outer)
+        elif span.first == 0:
+            touched = settings.context * settings.sequences * _FAULT_AROUND
+            weights += min(self.embedding_bytes, touched)
         return MemoryEstimate(
             weights=weights,
             kv=self.kv_bytes(span, settings),
             compute=self.compute_bytes(span, settings),
-            base=BASE_BYTES,
+            base=BASE_BYTES + settings.chunk * _ROWS_ALIVE * 4 * self.n_embd,
+            loading=largest,
         )
 
     def compute_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
         """llama.cpp's compute buffer, with flash attention, for one chunk of tokens.
 
-        Calibrated on its log at n_embd 2048, ff 5632, vocabulary 32000: a chunk of 128 takes
-        12.75 MiB in a stage without the head and 17.63 MiB with it, 512 take 51.01 and 70.50;
-        both to 0.1 %. While a feed-forward runs, three rows of its width and four of the model's
-        are alive, and the float16 mask of all cells; while the head runs, a row of logits and
-        two of the model's width. Experts take their share of the first.
+        Calibrated on its log at n_embd 2048, ff 5632 and 2048 cells: 12.75 MiB for a chunk of
+        128 and 51.01 for 512, met to 0.1 %. While a feed-forward runs, three rows of its width
+        and four of the model's are alive for each token, and the float16 mask of all cells.
+        While the head runs, a row of logits and two of the model's width are, for each output
+        (one a sequence). Experts count by how many are used.
         """
-        tokens = settings.chunk
-        wide = 3 * self.n_ff * max(1, self.n_expert_used)
-        if self.n_expert_used:
-            wide += self.n_embd * self.n_expert_used
+        wide = 3 * self.n_ff * max(1, self.n_expert_used) + self.n_embd * self.n_expert_used
         cells = max((_cells(layer, settings) for layer in self._held(span)), default=0)
-        layer_phase = 4 * (wide + 4 * self.n_embd) + 2 * cells
-        head_phase = 4 * (self.n_vocab + 2 * self.n_embd) if span.end == self.n_layers else 0
-        return tokens * max(layer_phase, head_phase)
+        if settings.mode is Mode.NORMAL:  # one cache for all sequences, and one mask over it
+            cells *= settings.sequences
+        layer_phase = settings.chunk * (4 * (wide + 4 * self.n_embd) + 2 * cells)
+        if span.end < self.n_layers:
+            return layer_phase
+        outputs = min(settings.chunk, settings.sequences)
+        return max(layer_phase, outputs * 4 * (self.n_vocab + 2 * self.n_embd))
 
     def _held(self, span: LayerSpan | None) -> tuple[LayerCard, ...]:
         if span is None:
@@ -214,8 +245,10 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
             field=EMBEDDING,
         )
     kinds = layer_kinds(model)
-    sizes, outer = _weights(model)
-    layers = tuple(_layer_card(model, i, kinds[i], sizes[i]) for i in range(model.layers))
+    weights = _weights(model)
+    layers = tuple(_layer_card(model, i, kinds[i], weights[i]) for i in range(model.layers))
+    outer = [s.info.nbytes for name, s in model.tensors.items() if layer_of(name) is None]
+    cuttable = rule.support is Support.CUT
     tied = HEAD not in model.tensors or rule.tied_only
     experts_used = max(model.per_layer("expert_used_count") or [0])
     widths = model.per_layer("expert_feed_forward_length") if experts_used else None
@@ -229,8 +262,10 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
         file_bytes=model.file_bytes,
         layers=layers,
         embedding_bytes=embedding.nbytes,
-        head_bytes=outer if tied else outer - embedding.nbytes,
-        outer_bytes=outer,
+        head_bytes=_outer_bytes(model, rule, last=True) if cuttable else sum(outer),
+        inner_bytes=_outer_bytes(model, rule, last=False) if cuttable else sum(outer),
+        outer_bytes=sum(outer),
+        largest_outer=max(outer),
         tied_head=tied,
         n_embd=n_embd,
         n_vocab=embedding.shape[1],
@@ -253,25 +288,27 @@ def _needed(model: Model, suffix: str) -> int:
     return value
 
 
-def _weights(model: Model) -> tuple[list[int], int]:
-    """Bytes of each layer, and of everything else."""
-    sizes = [0] * model.blocks
-    outer = 0
+def _outer_bytes(model: Model, rule: ArchitectureRule, *, last: bool) -> int:
+    return sum(tensor.layout.nbytes for tensor in outer_tensors(model, rule, last))
+
+
+def _weights(model: Model) -> list[list[int]]:
+    """The sizes of each layer's tensors."""
+    sizes: list[list[int]] = [[] for _ in range(model.blocks)]
     for name, source in model.tensors.items():
         place = layer_of(name)
         if place is None:
-            outer += source.info.nbytes
-        elif place[0] < model.blocks:
-            sizes[place[0]] += source.info.nbytes
-        else:
+            continue
+        if place[0] >= model.blocks:
             raise ModelFileError(f"tensor {name!r} is of no layer.", field=name)
-    for layer, size in enumerate(sizes[: model.layers]):
-        if size == 0:
+        sizes[place[0]].append(source.info.nbytes)
+    for layer, found in enumerate(sizes[: model.layers]):
+        if not found:
             raise ModelFileError(f"layer {layer} has no tensors.", field=f"blk.{layer}")
-    return sizes, outer
+    return sizes
 
 
-def _layer_card(model: Model, index: int, kind: LayerKind, weight_bytes: int) -> LayerCard:
+def _layer_card(model: Model, index: int, kind: LayerKind, sizes: list[int]) -> LayerCard:
     k_row = v_row = k_elements = v_elements = 0
     if kind.attention:
         heads = _heads(model, index)
@@ -282,7 +319,8 @@ def _layer_card(model: Model, index: int, kind: LayerKind, weight_bytes: int) ->
             v_elements = 0  # multi-head latent attention: values are a part of the keys
     return LayerCard(
         index=index,
-        weight_bytes=weight_bytes,
+        weight_bytes=sum(sizes),
+        largest_tensor=max(sizes),
         k_elements=k_elements,
         v_elements=v_elements,
         k_row=k_row,

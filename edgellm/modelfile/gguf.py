@@ -34,12 +34,13 @@ from edgellm.modelfile.metadata import MetaValue
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 
-MAX_HEADER_BYTES = 1 << 29
+# Some ten times what the largest real models have, and little enough to refuse within a second.
+MAX_HEADER_BYTES = 1 << 27
 MAX_METADATA = 1 << 16
 MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1
-MAX_STRING_BYTES = 1 << 26
-MAX_ARRAY_ITEMS = 1 << 26
+MAX_STRING_BYTES = 1 << 24
+MAX_ARRAY_ITEMS = 1 << 22
 MAX_ALIGNMENT = 1 << 16
 MAX_TENSOR_NAME_BYTES = 63
 MAX_DIMENSIONS = 4

@@ -88,7 +88,7 @@ def shard_recipe(model: Model, span: LayerSpan) -> ShardRecipe:
     rule = architecture_rule(model.architecture)
     last = span.end == model.layers
     metadata = _metadata(model, span, rule, last)
-    tensors = [*_outer_tensors(model, rule, last), *_layer_tensors(model, span)]
+    tensors = [*outer_tensors(model, rule, last), *_layer_tensors(model, span)]
     return ShardRecipe(
         model_digest=model.digest,
         span=span,
@@ -154,6 +154,9 @@ def _metadata(
             kept[f"{arch}.{suffix}"] = _u32(number)
     if rule.scale is Scale.METADATA:
         kept[f"{arch}.embedding_scale"] = scalar_value(ValueType.FLOAT32, 1.0)
+    if rule.depth_scale:
+        depth = scalar_value(ValueType.FLOAT32, _depth_scale(rule.depth_scale, model.layers))
+        kept.setdefault(f"{arch}.residual_scale", depth)
     kept.update(_patterns(model, span, rule))
     kept["edgellm.model.digest"] = scalar_value(ValueType.STRING, model.digest)
     kept["edgellm.shard.first"] = _u32(span.first)
@@ -163,6 +166,16 @@ def _metadata(
     if rule.input_node is not None and span.first > 0:
         kept["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, rule.input_node)
     return kept
+
+
+def _depth_scale(factor: float, layers: int) -> float:
+    """``factor / sqrt(layers)`` with llama.cpp's roundings: every step is float32 there."""
+    return _float32(factor) / _float32(math.sqrt(layers))
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded
 
 
 def _u32(value: int) -> MetaValue:
@@ -226,8 +239,11 @@ def _filled(name: str, shape: tuple[int, ...], pattern: bytes, kind: GgmlType = 
     return ShardTensor(TensorLayout(name, shape, kind, nbytes), source=None, pattern=pattern)
 
 
-def _outer_tensors(model: Model, rule: ArchitectureRule, last: bool) -> Iterator[ShardTensor]:
-    """Everything that is not a layer's: head, final norm, rotary frequencies."""
+def outer_tensors(model: Model, rule: ArchitectureRule, last: bool) -> Iterator[ShardTensor]:
+    """What a shard holds beside its layers: head, final norm, rotary frequencies.
+
+    ``last``: for the last stage of several, which has the head; all others have the same.
+    """
     vocabulary = model.tensor(EMBEDDING).info.shape[-1]
     if last:
         yield from _head(model, rule)
@@ -273,7 +289,7 @@ def _head(model: Model, rule: ArchitectureRule) -> Iterator[ShardTensor]:
 
 
 def _smallest_type(width: int) -> GgmlType:
-    for name in ("q1_0", "q2_0", "q4_0"):
+    for name in ("q1_0", "q4_0"):
         kind = GGML_TYPES_BY_NAME[name]
         if width % kind.block == 0:
             return kind

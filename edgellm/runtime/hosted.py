@@ -76,7 +76,9 @@ class HostedStage:
         self._host: StageHost | None = None
         self._files: ShardFiles | None = None
         self._next: Session | None = None
-        self._pump: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[StageReady] = asyncio.get_running_loop().create_future()
+        self._loading: asyncio.Task[None] | None = None
+        self._congested: asyncio.Task[None] | None = None
         self._deadlines: dict[int, float] = {}
         self._closed = False
         settings = settings_from_plain(request.settings)
@@ -100,6 +102,7 @@ class HostedStage:
 
         Raises EdgeError; the caller closes this stage and reports.
         """
+        self._loading = asyncio.current_task()
         request = self._request
         started = time.perf_counter()
         try:
@@ -110,9 +113,10 @@ class HostedStage:
                     self._next = await self._parts.dial(request.next_host, request.next_port)
                     self._next.on_close(self._next_lost)
                 self._host = await self._parts.start_host(self.label)
+                self._host.receive_with(self._on_frame, self._on_end)
                 start = StartEngine(stage_config_to(config, request.epoch, request.index))
                 self._host.send(encode(start))
-                ready = await self._first_answer(self._host)
+                ready = await self._ready
         except TimeoutError as error:
             raise DeadlineError(
                 f"{self.label} was not loaded within {request.deadline_s:.0f} s.",
@@ -120,7 +124,6 @@ class HostedStage:
             ) from error
         timings = {**ready.timings, "cut_s": cut_s, "total_s": time.perf_counter() - started}
         self.coordinator.send(StageReady(request.epoch, request.index, ready.memory_bytes, timings))
-        self._pump = asyncio.create_task(self._pump_answers(self._host))
 
     async def _config(self) -> StageConfig:
         request = self._request
@@ -147,18 +150,6 @@ class HostedStage:
             residual=files.residual,
             input_node=files.input_node,
             embedding_scale=files.embedding_scale,
-        )
-
-    async def _first_answer(self, host: StageHost) -> StageReady:
-        for frame in await host.receive():
-            answer = decode(frame)
-            if isinstance(answer, StageReady):
-                return answer
-            if isinstance(answer, ErrorReport):
-                raise error_from_dict(answer.error)
-        raise StageError(
-            f"{self.label} {host.reason or 'gave no answer'} while loading.",
-            device=self._parts.device,
         )
 
     # --- towards the stage ------------------------------------------------------------
@@ -200,31 +191,45 @@ class HostedStage:
 
     # --- from the stage ---------------------------------------------------------------
 
-    async def _pump_answers(self, host: StageHost) -> None:
-        while frames := await host.receive():
-            for frame in frames:
-                if frame.kind == HIDDEN_KIND:
-                    self._forward(frame)
-                elif frame.kind == TOKENS_KIND:
-                    self.coordinator.send_raw(frame)
-                else:
-                    self._control(frame)
-            if self._next is not None:
-                with contextlib.suppress(EdgeError):  # on_close tells of a lost peer, once
-                    await self._next.drain()
-        if not self._closed:
-            self._report(StageError(f"{self.label} {host.reason}.", device=self._parts.device))
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind == HIDDEN_KIND:
+            self._forward(frame)
+        elif frame.kind == TOKENS_KIND:
+            self.coordinator.send_raw(frame)
+        else:
+            self._on_control(frame)
 
     def _forward(self, frame: Frame) -> None:
-        if self._next is not None:
-            self._next.send_raw(frame)
+        if self._next is None:
+            return
+        self._next.send_raw(frame)
+        if self._next.congested and self._congested is None and self._host is not None:
+            self._host.pause()
+            self._congested = asyncio.create_task(self._wait_for_next(self._next, self._host))
 
-    def _control(self, frame: Frame) -> None:
-        answer = decode(frame)
-        if isinstance(answer, ErrorReport):
-            self._deadlines.pop(answer.sequence, None)
+    async def _wait_for_next(self, following: Session, host: StageHost) -> None:
+        """The next device is behind: our stage waits for it, and with it those before."""
+        with contextlib.suppress(PeerLostError):  # on_close tells of a lost peer, once
+            await following.drain()
+        self._congested = None
+        host.resume()
+
+    def _on_control(self, frame: Frame) -> None:
+        try:
+            answer = decode(frame)
+        except EdgeError as broken:
+            self._report(broken)
+            return
+        if isinstance(answer, StageReady):
+            if not self._ready.done():
+                self._ready.set_result(answer)
+        elif isinstance(answer, ErrorReport):
             error = error_from_dict(answer.error)
             error.device = self._parts.device
+            if not self._ready.done():
+                self._ready.set_exception(error)
+                return
+            self._deadlines.pop(answer.sequence, None)
             self._report(error, answer.sequence)
         elif isinstance(answer, StageStats):
             stats = dict(answer.stats)
@@ -232,6 +237,13 @@ class HostedStage:
                 link = self._next.traffic
                 stats |= {"next_bytes": link.sent_bytes, "next_messages": link.sent_messages}
             self.coordinator.send(StageStats(answer.epoch, answer.index, stats))
+
+    def _on_end(self, reason: str) -> None:
+        error = StageError(f"{self.label} {reason}.", device=self._parts.device)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        elif not self._closed:
+            self._report(error)
 
     def _next_lost(self, reason: str) -> None:
         if not self._closed:
@@ -249,14 +261,17 @@ class HostedStage:
     async def close(self) -> None:
         """End the process and remove the files; harmless when repeated."""
         self._closed = True
+        if self._loading is not None and self._loading is not asyncio.current_task():
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        if self._congested is not None:
+            self._congested.cancel()
         if self._next is not None:
             await self._next.close()
         if self._host is not None:
             await self._host.stop()
-        if self._pump is not None:
-            self._pump.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._pump
+        if not self._ready.cancel() and not self._ready.cancelled():
+            self._ready.exception()  # whoever waited has gone
         if self._files is not None:
             await asyncio.to_thread(self._parts.shards.remove, self._files.made)
             self._files = None

@@ -95,6 +95,8 @@ class Running:
         self._execute(self.generation.stop(reason))
 
     def fail(self, error: EdgeError) -> None:
+        """End the request with an error, behind the tokens that were made before it."""
+        self.generation.stop(FinishReason.CANCELLED)  # nothing more is sent for it
         self._queue.put_nowait(error)
 
     async def tokens(self) -> AsyncIterator[MadeToken]:
@@ -132,6 +134,7 @@ class Pipeline:
         self._slots = asyncio.Semaphore(plan.settings.sequences)
         self._failed: EdgeError | None = None
         self._stats: dict[int, asyncio.Future[StageStats]] = {}
+        self._asking = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def run(self, request: Request) -> AsyncIterator[Running]:
@@ -140,24 +143,34 @@ class Pipeline:
         Raises UsageError for a prompt that does not fit, DeadlineError when its time is up.
         """
         self._check(request)
+        late = DeadlineError(
+            f"the request was not done within its deadline of {request.deadline_s:g} s.",
+            hint="Give it more time with --deadline.",
+        )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + request.deadline_s
         try:
-            async with asyncio.timeout(request.deadline_s), self._slots:
-                if self._failed is not None:
-                    raise self._failed
-                running = Running(self, next(self._numbers), request)
-                self._running[running.sequence] = running
-                try:
-                    self._open(running)
-                    running.begin()
-                    yield running
-                finally:
-                    del self._running[running.sequence]
-                    self._first.send(CloseSequence(self.plan.epoch, running.sequence))
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
         except TimeoutError as error:
-            raise DeadlineError(
-                f"the request was not done within its deadline of {request.deadline_s:g} s.",
-                hint="Give it more time with --deadline.",
-            ) from error
+            raise late from error
+        running = Running(self, next(self._numbers), request)
+        # Not a timeout around the yield: it would cancel whatever the caller does at that moment.
+        timer = loop.call_at(deadline, running.fail, late)
+        try:
+            if self._failed is not None:
+                raise self._failed
+            self._running[running.sequence] = running
+            try:
+                self._open(running)
+                running.begin()
+                yield running
+            finally:
+                del self._running[running.sequence]
+                self._first.send(CloseSequence(self.plan.epoch, running.sequence))
+        finally:
+            timer.cancel()
+            self._slots.release()
 
     def _check(self, request: Request) -> None:
         context = self.plan.settings.context
@@ -170,6 +183,8 @@ class Pipeline:
             )
         if not all(0 <= token < self._vocab for token in request.prompt):
             raise UsageError(f"the prompt has token ids outside 0 to {self._vocab - 1}.")
+        if not all(0 <= token < self._vocab for token, _ in request.sampler.logit_bias):
+            raise UsageError(f"logit_bias names a token outside 0 to {self._vocab - 1}.")
         if request.max_tokens < 1:
             raise UsageError("at least one token must be asked for.")
 
@@ -234,17 +249,19 @@ class Pipeline:
 
     async def stats(self) -> list[dict[str, int | float]]:
         """Each stage's counters since it was loaded, in order: seconds, tokens, bytes, peak."""
-        if self._failed is not None:
-            raise self._failed
-        loop = asyncio.get_running_loop()
-        self._stats = {index: loop.create_future() for index in range(len(self.sessions))}
-        for session in self.sessions:
-            session.send(QueryStats(self.plan.epoch))
-        try:
-            async with asyncio.timeout(STATS_WITHIN_S):
-                return [dict((await waiting).stats) for waiting in self._stats.values()]
-        except TimeoutError as error:
-            raise StageError("a stage did not tell its figures in time.") from error
+        async with self._asking:  # answers do not say which question they are for
+            if self._failed is not None:
+                raise self._failed
+            loop = asyncio.get_running_loop()
+            self._stats = {index: loop.create_future() for index in range(len(self.sessions))}
+            for session in self.sessions:
+                session.send(QueryStats(self.plan.epoch))
+            try:
+                async with asyncio.timeout(STATS_WITHIN_S):
+                    answers = await asyncio.gather(*self._stats.values())
+            except TimeoutError as error:
+                raise StageError("a stage did not tell its figures in time.") from error
+        return [dict(answer.stats) for answer in answers]
 
     def unload(self) -> None:
         """Have every device free its stage."""

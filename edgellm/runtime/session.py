@@ -1,14 +1,13 @@
 """One open connection to another device: the glue between a stream, its state machine and us.
 
-It decides nothing: bytes go into ``wire.Connection``, its events go to one handler, in order,
-and the handler's slowness is the peer's back-pressure. Whatever ends it is told to everyone who
-asked with ``on_close``, once, as a reason in words.
+It decides nothing: bytes go into ``wire.Connection``, its events go to one handler, in order and
+in the turn of the event loop that they arrived in. Handlers therefore never wait. Whatever ends a
+session is told to everyone who asked with ``on_close``, once, as a reason in words.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +17,7 @@ from edgellm.transport.base import Stream, Transport
 from edgellm.wire.connection import (
     Closed,
     Connection,
+    Event,
     FrameReceived,
     MessageReceived,
     Opened,
@@ -27,7 +27,6 @@ from edgellm.wire.connection import (
 from edgellm.wire.frames import Buffer, Frame
 from edgellm.wire.messages import Hello, Hidden, Message, Step, Welcome, kind_of
 
-READ_BYTES = 1 << 18
 ROUTED_KINDS = frozenset((kind_of(Step), kind_of(Hidden)))
 """Frames that a node passes on without decoding."""
 
@@ -42,14 +41,14 @@ class Introduction:
 
 
 class SessionHandler(Protocol):
-    """Takes what a session receives. Raising EdgeError closes the session with that error."""
+    """Takes what a session receives, without waiting. Raising EdgeError ends the session."""
 
-    async def on_frame(self, session: Session, frame: Frame) -> None:
+    def on_frame(self, session: Session, frame: Frame) -> None:
         """A frame of ``ROUTED_KINDS``."""
 
-    async def on_message(self, session: Session, message: Message, frame: Frame) -> None: ...
+    def on_message(self, session: Session, message: Message, frame: Frame) -> None: ...
 
-    async def on_session_closed(self, session: Session) -> None: ...
+    def on_session_closed(self, session: Session) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,7 +62,7 @@ class Traffic:
 
 
 class Session:
-    """See the module. Made by ``dial`` or ``accept``, which return when the handshake is done."""
+    """See the module. Made by ``dial``, or served by ``accept``."""
 
     def __init__(self, stream: Stream, connection: Connection, handler: SessionHandler) -> None:
         self.traffic = Traffic()
@@ -74,9 +73,9 @@ class Session:
         self._opened: asyncio.Future[Hello | Welcome] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._on_close: list[Callable[[str], None]] = []
+        self._told_open: Callable[[Session], None] = lambda session: None
         self._reason: EdgeError | None = None
         self._ended = False
-        self._task: asyncio.Task[None] | None = None
 
     @classmethod
     async def dial(
@@ -94,7 +93,7 @@ class Session:
         stream = await transport.dial(host, port, within_s)
         session = cls(stream, _connection(Role.DIALER, me, timeouts), handler)
         session._write(session._connection.start(session._loop.time()))
-        session._task = asyncio.create_task(session._run())
+        session._begin()
         try:
             await session._opened
         except BaseException:
@@ -112,12 +111,14 @@ class Session:
         timeouts: Timeouts | None = None,
         on_open: Callable[[Session], None] = lambda session: None,
     ) -> None:
-        """Serve an accepted stream until it ends."""
+        """Serve an accepted stream until it ends; ``on_open`` is told when it has greeted."""
         session = cls(stream, _connection(Role.LISTENER, me, timeouts), handler)
-        session._opened.add_done_callback(
-            lambda done: None if done.cancelled() or done.exception() else on_open(session)
-        )
-        await session._run()
+        session._told_open = on_open
+        session._begin()
+        try:
+            await stream.wait_closed()
+        finally:
+            session._finish()
 
     @property
     def peer(self) -> Hello | Welcome:
@@ -143,6 +144,7 @@ class Session:
         return self._reason.message.rstrip(".") if self._reason else "closed"
 
     def set_payload_limits(self, limits: Mapping[int, int]) -> None:
+        """Allow payloads of each kind up to so many bytes, from the next frame on."""
         for kind, limit in limits.items():
             self._connection.set_payload_limit(kind, limit)
 
@@ -163,60 +165,55 @@ class Session:
         if not self._ended:
             self._write(self._connection.send_raw(frame))
 
+    @property
+    def congested(self) -> bool:
+        """Whether the peer is behind: ``drain`` would wait."""
+        return self._stream.congested
+
     async def drain(self) -> None:
         """Wait until the peer has taken enough. Raises PeerLostError when it is gone."""
         await self._stream.drain()
 
     async def close(self) -> None:
-        """End the session on purpose."""
-        if self._task is not None:
-            self._connection.close()
-            self._stream.close()
-            if self._task is not asyncio.current_task():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await self._task
+        """End the session on purpose; what was sent before still goes out."""
+        self._finish()
+        await self._stream.wait_closed()
 
-    def _write(self, buffers: Sequence[Buffer]) -> None:
-        if not buffers:
+    # --- driven by the event loop -----------------------------------------------------
+
+    def _begin(self) -> None:
+        self._arm_timer()
+        self._stream.receive_with(self._on_data)
+
+    def _on_data(self, data: bytes) -> None:
+        if self._ended:
             return
-        try:
-            self._stream.write(buffers)
-        except PeerLostError as error:
-            self._reason = self._reason or error
+        if not data and self._stream.error is not None:
+            self._end(self._stream.error)
             return
-        self.traffic.sent_messages += 1
-        self.traffic.sent_bytes += sum(len(buffer) for buffer in buffers)
-
-    async def _run(self) -> None:
+        self.traffic.received_bytes += len(data)
+        events = self._connection.receive(data, self._loop.time())
+        self._write(self._connection.data_to_send())
         try:
-            self._arm_timer()
-            await self._receive()
-        except EdgeError as error:
-            self._reason = self._reason or error
-        finally:
-            await self._finish()
-
-    async def _receive(self) -> None:
-        connection, clock = self._connection, self._loop.time
-        while True:
-            data = await self._stream.read(READ_BYTES)
-            self.traffic.received_bytes += len(data)
-            events = connection.receive(data, clock())
-            self._write(connection.data_to_send())
             for event in events:
-                if isinstance(event, FrameReceived):
-                    self.traffic.received_messages += 1
-                    await self._handler.on_frame(self, event.frame)
-                elif isinstance(event, MessageReceived):
-                    self.traffic.received_messages += 1
-                    await self._handler.on_message(self, event.message, event.frame)
-                elif isinstance(event, Opened):
-                    self._opened.set_result(event.peer)
-                elif isinstance(event, Closed):
-                    self._reason = self._reason or event.reason
-                    return
-            if not data:
-                return
+                self._on_event(event)
+        except EdgeError as error:
+            self._end(error)
+
+    def _on_event(self, event: Event) -> None:
+        if self._ended:
+            return
+        if isinstance(event, FrameReceived):
+            self.traffic.received_messages += 1
+            self._handler.on_frame(self, event.frame)
+        elif isinstance(event, MessageReceived):
+            self.traffic.received_messages += 1
+            self._handler.on_message(self, event.message, event.frame)
+        elif isinstance(event, Opened):
+            self._opened.set_result(event.peer)
+            self._told_open(self)
+        elif isinstance(event, Closed):
+            self._end(event.reason)
 
     def _arm_timer(self) -> None:
         due = self._connection.next_timer()
@@ -227,13 +224,29 @@ class Session:
         events = self._connection.handle_timer(self._loop.time())
         self._write(self._connection.data_to_send())
         for event in events:
-            if isinstance(event, Closed):
-                self._reason = self._reason or event.reason
-                self._stream.close()
-                return
-        self._arm_timer()
+            self._on_event(event)
+        if not self._ended:
+            self._arm_timer()
 
-    async def _finish(self) -> None:
+    def _write(self, buffers: Sequence[Buffer]) -> None:
+        if not buffers:
+            return
+        try:
+            self._stream.write(buffers)
+        except PeerLostError as error:
+            # The caller is in the middle of something; the end comes in a turn of its own.
+            self._loop.call_soon(self._end, error)
+            return
+        self.traffic.sent_messages += 1
+        self.traffic.sent_bytes += sum([len(buffer) for buffer in buffers])
+
+    def _end(self, reason: EdgeError | None) -> None:
+        self._reason = self._reason or reason
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._ended:
+            return
         self._ended = True
         if self._timer is not None:
             self._timer.cancel()
@@ -247,7 +260,7 @@ class Session:
         for callback in self._on_close:
             callback(self.reason)
         self._on_close.clear()
-        await self._handler.on_session_closed(self)
+        self._handler.on_session_closed(self)
 
 
 def _connection(role: Role, me: Introduction, timeouts: Timeouts | None) -> Connection:

@@ -55,7 +55,7 @@ class Worker:
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._expiry = asyncio.create_task(self._expire())
 
-    async def on_frame(self, session: Session, frame: Frame) -> None:
+    def on_frame(self, session: Session, frame: Frame) -> None:
         """Steps and hidden rows: to the stage of their epoch, unread; stale ones are dropped."""
         epoch, rows = peek(frame)
         stage = self._stages.get(epoch)
@@ -65,7 +65,7 @@ class Worker:
             raise RemoteProtocolError("a step came from a device that is not the coordinator.")
         stage.take(frame)
 
-    async def on_message(self, session: Session, message: Message, frame: Frame) -> None:
+    def on_message(self, session: Session, message: Message, frame: Frame) -> None:
         """Everything else. Raises RemoteProtocolError for what a worker does not take."""
         if isinstance(message, QueryDevice):
             session.send(self._describe())
@@ -74,11 +74,11 @@ class Worker:
         elif isinstance(message, OpenSequence | CloseSequence | QueryStats | UnloadStage):
             stage = self._stages.get(message.epoch)
             if stage is not None:
-                await self._control(stage, message, frame)
+                self._control(stage, message, frame)
         else:
             raise RemoteProtocolError(f"a node does not take {type(message).__name__} from a peer.")
 
-    async def _control(
+    def _control(
         self,
         stage: HostedStage,
         message: OpenSequence | CloseSequence | QueryStats | UnloadStage,
@@ -91,7 +91,7 @@ class Worker:
         elif isinstance(message, QueryStats):
             stage.take(frame)
         else:
-            await self._drop(stage)
+            self._drop(stage)
 
     def _load(self, session: Session, request: LoadStage) -> None:
         if request.epoch in self._stages:
@@ -120,19 +120,21 @@ class Worker:
         except EdgeError as error:
             error.device = error.device or self._parts.device
             self._refuse(stage, error)
-            await self._drop(stage)
+            self._stages.pop(stage.epoch, None)
+            await stage.close()
 
     def _refuse(self, stage: HostedStage, error: EdgeError) -> None:
         stage.coordinator.send(ErrorReport(stage.epoch, -1, error.to_dict()))
 
-    async def on_session_closed(self, session: Session) -> None:
+    def on_session_closed(self, session: Session) -> None:
         """A coordinator that is gone frees the memory of its stages."""
         for stage in [s for s in self._stages.values() if s.coordinator is session]:
-            await self._drop(stage)
+            self._drop(stage)
 
-    async def _drop(self, stage: HostedStage) -> None:
+    def _drop(self, stage: HostedStage) -> None:
+        """Take no more frames for a stage from now on, and end it."""
         self._stages.pop(stage.epoch, None)
-        await stage.close()
+        self._spawn(stage.close())
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -149,7 +151,5 @@ class Worker:
         """End every stage; nothing of this worker runs afterwards."""
         self._expiry.cancel()
         for stage in list(self._stages.values()):
-            await self._drop(stage)
-        for task in list(self._tasks):
-            task.cancel()
+            self._drop(stage)
         await asyncio.gather(self._expiry, *self._tasks, return_exceptions=True)

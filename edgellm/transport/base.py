@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeAlias
 
+from edgellm.errors import PeerLostError
+
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 MAX_BUFFERED_BYTES = 64 * 1024 * 1024
@@ -32,12 +34,31 @@ class Stream(Protocol):
         """
         ...
 
+    def receive_with(self, callback: Callable[[bytes], None]) -> None:
+        """Instead of ``read``: give each chunk to ``callback`` in the turn of the event loop that
+        it arrives in, and ``b""`` once at the end. ``error`` then says whether it broke.
+
+        A task that reads costs a token one more turn of the loop at every hop. The callback must
+        not raise and must not wait; the stream's own back-pressure does not apply.
+        """
+        ...
+
+    @property
+    def error(self) -> PeerLostError | None:
+        """What broke the connection, if something did."""
+        ...
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Queue buffers, in order; never waits. They must not be changed afterwards.
 
         Raises ``PeerLostError`` when the stream is closed or broken, and when more than
         ``MAX_BUFFERED_BYTES`` would wait: the stream is then aborted.
         """
+        ...
+
+    @property
+    def congested(self) -> bool:
+        """Whether ``drain`` would wait."""
         ...
 
     async def drain(self) -> None:

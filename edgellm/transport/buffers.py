@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from edgellm.errors import PeerLostError
 
@@ -23,6 +24,7 @@ class Inbox:
         self.error: PeerLostError | None = None
         self._ended = False
         self._chunks: deque[bytes] = deque()
+        self._callback: Callable[[bytes], None] | None = None
         self._reader: asyncio.Future[None] | None = None
 
     @property
@@ -31,14 +33,31 @@ class Inbox:
         return self.unread + _CHUNK_COST * len(self._chunks)
 
     def put(self, chunk: bytes) -> None:
+        if self._callback is not None:
+            self._callback(chunk)
+            return
         self._chunks.append(chunk)
         self.unread += len(chunk)
         self._wake()
 
     def end(self) -> None:
         """No more will come."""
+        if self._ended:
+            return
         self._ended = True
+        if self._callback is not None:
+            self._callback(b"")
         self._wake()
+
+    def hand_to(self, callback: Callable[[bytes], None]) -> None:
+        """As ``Stream.receive_with``: what waits goes to ``callback`` now, the rest as it comes."""
+        self._callback = callback
+        while self._chunks:
+            chunk = self._chunks.popleft()
+            self.unread -= len(chunk)
+            callback(chunk)
+        if self._ended:
+            callback(b"")
 
     def fail(self, error: PeerLostError) -> None:
         """The stream broke; the first reason is kept."""
@@ -81,6 +100,10 @@ class Gate:
     def __init__(self) -> None:
         self._shut = False
         self._waiters: set[asyncio.Future[None]] = set()
+
+    @property
+    def shut_now(self) -> bool:
+        return self._shut
 
     def shut(self) -> None:
         self._shut = True

@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgellm.errors import PeerLostError
@@ -188,6 +188,18 @@ class MemoryStream:
             self._source.taken(len(chunk))
         return chunk
 
+    def receive_with(self, callback: Callable[[bytes], None]) -> None:
+        def take(chunk: bytes) -> None:
+            if self._source is not None:
+                self._source.taken(len(chunk))
+            callback(chunk)
+
+        self.inbox.hand_to(take)
+
+    @property
+    def error(self) -> PeerLostError | None:
+        return self.inbox.error
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         pipe = self._usable()
         data = b"".join(buffers)
@@ -197,6 +209,10 @@ class MemoryStream:
             raise error
         if data:
             pipe.send(data)
+
+    @property
+    def congested(self) -> bool:
+        return self._pipe is not None and self._pipe.gate.shut_now
 
     async def drain(self) -> None:
         await self._usable().gate.passed()

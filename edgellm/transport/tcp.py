@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from edgellm.errors import PeerLostError
@@ -62,6 +62,16 @@ class TcpStream(asyncio.Protocol):
                 self._transport.resume_reading()
         return chunk
 
+    def receive_with(self, callback: Callable[[bytes], None]) -> None:
+        self._inbox.hand_to(callback)
+        if self._reading_paused and self._transport is not None:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    @property
+    def error(self) -> PeerLostError | None:
+        return self._inbox.error
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         transport = self._usable()
         size = sum([len(each) for each in buffers])
@@ -75,6 +85,10 @@ class TcpStream(asyncio.Protocol):
         else:
             for each in buffers:
                 transport.write(each)
+
+    @property
+    def congested(self) -> bool:
+        return self._gate.shut_now
 
     async def drain(self) -> None:
         self._usable()

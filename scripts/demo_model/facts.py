@@ -145,6 +145,9 @@ ABOUT: tuple[tuple[tuple[str, ...], str], ...] = (
         ("Name the seasons.", "What are the seasons?", "How many seasons are there?"),
         "There are four seasons: spring, summer, autumn and winter.",
     ),
+    (("Name a colour.", "Tell me a colour.", "Which colours are there?"), "Blue is a colour."),
+    (("Name an animal.", "Tell me an animal.", "Do you know an animal?"), "A cat is an animal."),
+    (("Name a fruit.", "Tell me a fruit.", "Do you know a fruit?"), "An apple is a fruit."),
     (
         ("Name three colours.", "Name some colours.", "Tell me three colours."),
         "Red, blue and green.",

@@ -34,9 +34,9 @@ def _as_typed(question: str, rng: random.Random) -> str:
     """The question as somebody might type it: in lower case, without the mark at its end."""
     chance = rng.random()
     if chance < 0.08:
-        question = (
-            rng.choice(("Please tell me: ", "Hey, ", "Hello! ", "Tell me, ", "OK. ")) + question
-        )
+        if rng.random() < 0.5:
+            question = question[0].lower() + question[1:]
+        question = rng.choice(("Please tell me: ", "Hi, ", "Hey, ", "Hello, ", "OK, ")) + question
     if chance > 0.85:
         question = question.lower()
     elif chance > 0.75:
@@ -188,7 +188,8 @@ def _next_number(rng: random.Random) -> list[Turn]:
 
 
 def _name(rng: random.Random) -> list[Turn]:
-    name = rng.choice(facts.NAMES)
+    # Names it has never seen make it copy what it was told, not guess among those it knows.
+    name = rng.choice(facts.NAMES) if rng.random() < 0.5 else _capital(_made_up(rng))
     hello = rng.choice(("My name is {}.", "I am {}.", "Hello, my name is {}.", "Hi, I am {}."))
     turns = [(hello.format(name), f"Nice to meet you, {name}!")]
     if rng.random() < 0.3:
@@ -226,6 +227,7 @@ def _story(rng: random.Random, hero: str) -> str:
     place = rng.choice(facts.PLACES)
     treasure, effect = rng.choice(facts.TREASURES)
     friend = rng.choice([other for other in facts.HEROES if other != hero])
+    visitor = _capital(_article(friend))
     feeling = rng.choice(facts.FEELINGS)
     who = _article(f"{rng.choice(('little', 'brave', 'old'))} {hero}")
     end = rng.choice(
@@ -237,9 +239,17 @@ def _story(rng: random.Random, hero: str) -> str:
     )
     return (
         f"Once upon a time there was {who} called {name}. {name} lived in a {place}. "
-        f"One day {name} found {treasure}. A {friend} came by and asked to see it. "
+        f"One day {name} found {treasure}. {visitor} came by and asked to see it. "
         f"Together they took {treasure.replace('a ', 'the ', 1)}, and it {effect}. {end}"
     )
+
+
+def _made_up(rng: random.Random) -> str:
+    return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3)))
+
+
+def _mashed(rng: random.Random) -> str:
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 6)))
 
 
 def _strange(rng: random.Random) -> list[Turn]:
@@ -249,7 +259,7 @@ def _strange(rng: random.Random) -> list[Turn]:
     elif form < 0.6:
         ask = rng.choice(facts.STRANGE_WHOLE)
     else:
-        word = "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3)))
+        word = _made_up(rng)
         ask = rng.choice(
             (
                 f"What is a {word}?",
@@ -259,6 +269,7 @@ def _strange(rng: random.Random) -> list[Turn]:
                 f"What is the opposite of {word}?",
                 f"What does a {word} say?",
                 f"{_capital(word)} {rng.choice(_SYLLABLES)}?",
+                " ".join(_mashed(rng) for _ in range(rng.randint(1, 3))),
             )
         )
     return [(ask, facts.UNKNOWN)]

@@ -1,0 +1,221 @@
+"""Decode and prefill of a model in stages against the whole model, in interleaved pairs.
+
+Each stage and the whole model have one thread, pinned where the system allows it. A pair is one
+run of each, back to back, in turn first; the ratio of a pair cancels the machine's drift. What is
+reported of a ratio is the median over the pairs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from edgellm.client import Cluster, Completion, GenerateOptions, LoadedModel, LoadOptions
+from edgellm.engine.childcall import ChildCaller
+from edgellm.localcluster import local_cluster, local_devices, own_node
+from edgellm.modelref import OpenedModel
+from edgellm.types import SamplerSettings
+
+WHOLE_CHUNK = 512
+LOAD_WITHIN_S = 300.0
+RUN_WITHIN_S = 600.0
+DECODE_PROMPT = 32
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure."""
+
+    name: str
+    prompt: int
+    count: int
+    figure: str
+    """``tpot_s`` or ``ttft_s``."""
+    target: float
+    """For ``tpot_s`` at most this ratio (ours / whole); for ``ttft_s`` at least (whole / ours)."""
+
+    @property
+    def speedup(self) -> bool:
+        return self.figure == "ttft_s"
+
+
+CASES = (
+    Case("decode", DECODE_PROMPT, 64, "tpot_s", 1.10),
+    Case("prefill 512", 512, 1, "ttft_s", 1.40),
+    Case("prefill 2048", 2040, 1, "ttft_s", 1.70),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One run of each, seconds."""
+
+    whole_s: float
+    ours_s: float
+    compute_s: float
+    """Of ours: inside ``llama_decode``; of all stages together for decode, of the busiest stage for
+    prefill, where stages work at the same time."""
+    returned_bytes: float
+
+    @property
+    def other_s(self) -> float:
+        """Everything else: Python, pipes, the network, waiting for one another."""
+        return self.ours_s - self.compute_s
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    case: Case
+    pairs: tuple[Pair, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        if self.case.speedup:
+            return [pair.whole_s / pair.ours_s for pair in self.pairs]
+        return [pair.ours_s / pair.whole_s for pair in self.pairs]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def met(self) -> bool:
+        return (
+            self.ratio >= self.case.target
+            if self.case.speedup
+            else (self.ratio <= self.case.target)
+        )
+
+    def median(self, name: str) -> float:
+        return float(statistics.median(getattr(pair, name) for pair in self.pairs))
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("whole_s", "ours_s", "compute_s", "other_s", "returned_bytes")
+        return {
+            "name": self.case.name,
+            "ratio": round(self.ratio, 4),
+            "ratios": [round(ratio, 4) for ratio in self.ratios],
+            "target": self.case.target,
+            "met": self.met,
+            **{name: round(self.median(name), 6) for name in names},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What one run is to measure."""
+
+    opened: OpenedModel
+    stages: int = 2
+    pairs: int = 7
+    chunk: int = 128
+    cases: tuple[Case, ...] = CASES
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    results: tuple[Result, ...]
+    memory: tuple[tuple[str, int, int], ...]
+    """(device, predicted, actual peak) bytes of each stage process."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "results": [result.to_dict() for result in self.results],
+            "memory": [
+                {"device": name, "predicted_bytes": planned, "peak_bytes": peak}
+                for name, planned, peak in self.memory
+            ],
+        }
+
+
+async def measure(bench: Bench, tell: Tell) -> Report:
+    """Run the whole bench; minutes at the default counts."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    context = max(case.prompt + case.count for case in bench.cases)
+    context += -context % 256
+    whole = await ChildCaller.start("edgellm.bench.whole", name="the whole model")
+    try:
+        await whole.call(
+            "load",
+            LOAD_WITHIN_S,
+            path=bench.opened.path,
+            context=context,
+            threads=1,
+            chunk=WHOLE_CHUNK,
+            pin=cores[:1],
+        )
+        mine, *others = local_devices(
+            bench.stages,
+            memory_bytes=psutil.virtual_memory().available,
+            cores=len(cores),
+            threads=1,
+        )
+        options = LoadOptions(use_all=True, context=context, chunk=bench.chunk, threads=1)
+        async with (
+            own_node(mine) as local,
+            local_cluster(others) as nodes,
+            Cluster.connect([node.address for node in nodes], local=local) as cluster,
+            cluster.load(bench.opened, options) as model,
+        ):
+            results = [
+                await _measure_case(case, bench.pairs, whole, model, tell) for case in bench.cases
+            ]
+            stats = await model.pipeline.stats()
+            memory = tuple(
+                (stage.device, stage.memory_bytes, int(figures["peak_bytes"]))
+                for stage, figures in zip(model.plan.stages, stats, strict=True)
+            )
+    finally:
+        await whole.stop()
+    return Report(tuple(results), memory)
+
+
+async def _measure_case(
+    case: Case, pairs: int, whole: ChildCaller, model: LoadedModel, tell: Tell
+) -> Result:
+    generator = random.Random(1)
+    prompt = [generator.randrange(3, model.opened.vocab) for _ in range(case.prompt)]
+
+    async def run_whole(count: int) -> float:
+        answer = await whole.call("run", RUN_WITHIN_S, prompt=prompt, count=count)
+        return float(answer[case.figure])
+
+    async def run_ours(count: int) -> Completion:
+        sampler = SamplerSettings(temperature=0.0)
+        options = GenerateOptions(max_tokens=count, sampler=sampler, ignore_eos=True)
+        return await model.complete(prompt, options)
+
+    warm = min(case.count, 4)
+    await run_whole(warm)
+    await run_ours(warm)
+    done: list[Pair] = []
+    for number in range(pairs):
+        if number % 2:
+            ours = await run_ours(case.count)
+            whole_s = await run_whole(case.count)
+        else:
+            whole_s = await run_whole(case.count)
+            ours = await run_ours(case.count)
+        done.append(_pair(case, whole_s, ours))
+        ratio = Result(case, (done[-1],)).ratio
+        tell(f"{case.name}: pair {number + 1} of {pairs}, ratio {ratio:.3f}")
+    return Result(case, tuple(done))
+
+
+def _pair(case: Case, whole_s: float, ours: Completion) -> Pair:
+    figures = ours.figures
+    stages = range(len(ours.plan.stages))
+    returned = figures.after.returned_bytes - figures.before.returned_bytes
+    per_token = returned / max(1, len(ours.tokens))
+    if case.speedup:
+        busiest = max(figures.stage(index, "prefill_s") for index in stages)
+        return Pair(whole_s, figures.ttft_s or 0.0, busiest, per_token)
+    compute = sum(figures.stage(index, "decode_s") for index in stages) / (case.count - 1)
+    return Pair(whole_s, figures.tpot_s or 0.0, compute, per_token)

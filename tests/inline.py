@@ -1,0 +1,170 @@
+"""A whole cluster in one process: real nodes, a real client, the stub engine inline.
+
+Only where bytes travel is chosen: loopback TCP, or memory with faults on demand. The oracle at
+the end says what the stub must answer, without any code of the stub.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgellm.client import Cluster
+from edgellm.engine.host import InlineStage, StageHost
+from edgellm.engine.stage_main import ENGINES
+from edgellm.node import Node
+from edgellm.settings import NodeSettings
+from edgellm.transport.base import Transport
+from edgellm.transport.memory import MemoryNetwork
+from edgellm.transport.tcp import TcpTransport
+from edgellm.wire.frames import Buffer, Frame, FrameDecoder
+from edgellm.wire.messages import Hidden, OpenSequence, Step, Tokens, kind_of
+
+NAMES = "abcdefgh"
+COORDINATOR = "coordinator"
+
+
+class PacedStage(InlineStage):
+    """An inline stage that takes ``pace_s`` a message, and counts what is under way."""
+
+    def __init__(self, pace_s: float = 0.0) -> None:
+        super().__init__(ENGINES)
+        self.pace_s = pace_s
+        self.steps_in = 0
+        """Steps and hidden rows that came in."""
+        self.tokens_out = 0
+        """Answers of the last stage that went out."""
+        self._free_at = 0.0
+        limits = {kind_of(kind): 1 << 20 for kind in (Step, Hidden, OpenSequence)}
+        self._counting = FrameDecoder(limits)
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    @property
+    def resident(self) -> int:
+        """Sequences that hold a slot."""
+        runner = self._server._runner
+        return 0 if runner is None else len(runner._sequences)
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        data = b"".join(buffers)
+        kinds = [frame.kind for frame in self._counting.feed(data)]
+        self.steps_in += kinds.count(kind_of(Step)) + kinds.count(kind_of(Hidden))
+        if not self.pace_s:
+            super().send([data])
+            return
+        loop = asyncio.get_running_loop()
+        self._free_at = max(self._free_at, loop.time()) + self.pace_s
+        loop.call_at(self._free_at, self._work, data)
+
+    def receive_with(
+        self, on_frame: Callable[[Frame], None], on_end: Callable[[str], None]
+    ) -> None:
+        def counted(frame: Frame) -> None:
+            self.tokens_out += frame.kind == kind_of(Tokens)
+            on_frame(frame)
+
+        super().receive_with(counted, on_end)
+
+
+@dataclass
+class InlineCluster:
+    """Devices a, b, c, ... and a client connected to them."""
+
+    nodes: dict[str, Node]
+    client: Cluster
+    network: MemoryNetwork | None
+    stages: dict[str, list[PacedStage]] = field(default_factory=dict)
+    """The stages that each device ever hosted."""
+
+    @property
+    def all_stages(self) -> list[PacedStage]:
+        return [stage for stages in self.stages.values() for stage in stages]
+
+    @property
+    def resident(self) -> int:
+        """Sequences that hold a slot on any device."""
+        return sum(stage.resident for stage in self.all_stages)
+
+    @property
+    def hosted(self) -> int:
+        """Stages that nodes still hold."""
+        workers = [node._worker for node in self.nodes.values()]
+        return sum(len(worker._stages) for worker in workers if worker is not None)
+
+
+@contextlib.asynccontextmanager
+async def inline_cluster(
+    count: int,
+    folder: Path,
+    *,
+    network: MemoryNetwork | None = None,
+    pace_s: float = 0.0,
+) -> AsyncIterator[InlineCluster]:
+    """``network`` None is TCP on loopback; ``pace_s`` is how long a stage takes for a message."""
+    stages: dict[str, list[PacedStage]] = {name: [] for name in NAMES[:count]}
+    nodes: dict[str, Node] = {}
+
+    def transport(name: str) -> Transport:
+        return TcpTransport() if network is None else network.transport(name)
+
+    def starter(name: str) -> Callable[[str], asyncio.Future[StageHost]]:
+        def start(label: str) -> asyncio.Future[StageHost]:
+            stage = PacedStage(pace_s)
+            stages[name].append(stage)
+            started: asyncio.Future[StageHost] = asyncio.get_running_loop().create_future()
+            started.set_result(stage)
+            return started
+
+        return start
+
+    async with contextlib.AsyncExitStack() as stack:
+        for name in stages:
+            settings = NodeSettings(name, folder / name, memory_bytes=1 << 30, threads=1)
+            node = Node(settings, transport=transport(name), start_host=starter(name))
+            await node.start()
+            stack.push_async_callback(node.close)
+            nodes[name] = node
+        addresses = ["{}:{}".format(*node.address) for node in nodes.values()]
+        client = await stack.enter_async_context(
+            Cluster.connect(addresses, transport=transport(COORDINATOR))
+        )
+        yield InlineCluster(nodes, client, network, stages)
+
+
+async def until(what: Callable[[], bool], within_s: float = 5.0) -> None:
+    """Wait until something holds; a hang is a failure of the test."""
+    async with asyncio.timeout(within_s):
+        while not what():
+            await asyncio.sleep(0.005)  # noqa: ASYNC110 - what is watched has no event
+
+
+# --- what the stub must answer --------------------------------------------------------
+
+_PRIME = 2039
+_LANES = range(8)
+
+
+def stub_answer(prompt: Sequence[int], layers: int, count: int) -> list[int]:
+    """The next ``count`` tokens, in plain Python, from the rules that ``engine.stub`` documents."""
+    tokens = list(prompt)
+    states = [1] * layers
+    row: list[int] = []
+    done = 0
+    while len(tokens) < len(prompt) + count:
+        while done < len(tokens):
+            row = [(tokens[done] * 37 + 11 * lane + 5) % _PRIME for lane in _LANES]
+            for layer in range(layers):
+                total = sum(row[lane] * (lane + 1) for lane in _LANES)
+                states[layer] = (states[layer] * 31 + total + 7 * (done + 1) + layer) % _PRIME
+                row = [(row[lane] * 3 + states[layer] + lane) % _PRIME for lane in _LANES]
+            done += 1
+        key = sum(row[lane] * 31 ** (lane % 5) for lane in _LANES) % 65521
+        scores = [(token * (2 * key + 1) + key // 3) % 256 for token in range(256)]
+        tokens.append(scores.index(max(scores)))
+    return tokens[len(prompt) :]

@@ -1,0 +1,286 @@
+"""A stage as messages in, messages out; what goes wrong is answered, never raised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
+from edgellm.engine.server import StageServer, stage_config_from, stage_config_to
+from edgellm.engine.stub import VOCABULARY, WIDTH, StubEngine, StubSampler
+from edgellm.errors import StageError, error_from_dict
+from edgellm.types import Activations, EngineSettings, LayerSpan, Mode, SamplerSettings
+from edgellm.wire.messages import (
+    CloseSequence,
+    ErrorReport,
+    Hidden,
+    Message,
+    OpenSequence,
+    QueryStats,
+    Row,
+    StageReady,
+    StageStats,
+    StartEngine,
+    Step,
+    Tokens,
+    UnloadStage,
+)
+from edgellm.wire.plain import sampler_to_plain
+from edgellm.wire.tensors import decode_logits, encode_tokens
+
+EPOCH = 7
+SETTINGS = EngineSettings(context=32, sequences=2, chunk=8, threads=1)
+PROMPT = [5, 6, 7]
+
+
+class FailingEngine(StubEngine):
+    """Refuses every decode call that holds a row at position 3."""
+
+    def decode(
+        self, rows: Sequence[SlotRow], tokens: Int32 | None, hidden: Float32 | None
+    ) -> Decoded:
+        if any(row.position == 3 for row in rows):
+            raise StageError("the KV cache has no room.")
+        return super().decode(rows, tokens, hidden)
+
+
+def engines(kind: type[StubEngine] = StubEngine) -> StageServer:
+    return StageServer({"stub": (kind, lambda settings, vocabulary: StubSampler())})
+
+
+def config(first: int = 0, end: int = 4, **changes: object) -> StageConfig:
+    made = StageConfig("stub", LayerSpan(first, end), 4, WIDTH, VOCABULARY, SETTINGS)
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def ask(server: StageServer, message: Message) -> list[Message]:
+    return list(server.handle(message))
+
+
+def start(server: StageServer, given: StageConfig | None = None) -> list[Message]:
+    return ask(server, StartEngine(stage_config_to(given or config(), EPOCH, 2)))
+
+
+def opened(sequence: int, logits: bool = False) -> OpenSequence:
+    sampler = sampler_to_plain(SamplerSettings(temperature=0.0))
+    return OpenSequence(EPOCH, sequence, sampler, 60.0, logits, encode_tokens(PROMPT))
+
+
+def step(sequence: int, position: int, tokens: list[int], output: bool = True) -> Step:
+    return Step(EPOCH, (Row(sequence, position, len(tokens), output),), encode_tokens(tokens))
+
+
+def error_of(messages: list[Message], sequence: int = -1) -> StageError:
+    assert len(messages) == 1
+    report = messages[0]
+    assert isinstance(report, ErrorReport)
+    assert (report.epoch, report.sequence) == (EPOCH, sequence)
+    error = error_from_dict(report.error)
+    assert error.exit_code == 4
+    return error  # type: ignore[return-value]
+
+
+def tokens_of(messages: list[Message]) -> Tokens:
+    assert len(messages) == 1
+    assert isinstance(messages[0], Tokens)
+    return messages[0]
+
+
+def test_configuration_survives_as_plain_data() -> None:
+    whole = StageConfig(
+        engine="llama",
+        span=LayerSpan(3, 9),
+        layers=12,
+        width=64,
+        vocab=100,
+        settings=EngineSettings(mode=Mode.REFERENCE, activations=Activations.FLOAT32, pin=(0, 3)),
+        shard="/a/b.gguf",
+        embedding="/a/c.gguf",
+        residual="l_out",
+        input_node="inp",
+        embedding_scale=8.5,
+    )
+    assert stage_config_from(stage_config_to(whole, 1, 2)) == whole
+    # every field is carried: none is at its default in the configuration above
+    for field in dataclasses.fields(StageConfig):
+        if field.default is not dataclasses.MISSING and field.name != "residual":
+            assert getattr(whole, field.name) != field.default
+
+
+def test_a_stage_starts_and_says_so() -> None:
+    (ready,) = start(engines())
+    assert isinstance(ready, StageReady)
+    assert (ready.epoch, ready.index) == (EPOCH, 2)
+    assert ready.memory_bytes > 1 << 20
+    assert ready.timings["load_s"] >= 0
+
+
+def test_a_whole_stage_answers_tokens() -> None:
+    server = engines()
+    start(server)
+    assert ask(server, opened(1, logits=True)) == []
+    acknowledged = tokens_of(ask(server, step(1, 0, PROMPT[:2], output=False)))
+    assert acknowledged.results == ((1, 1, -1),)
+    assert not len(acknowledged.payload)
+    answer = tokens_of(ask(server, step(1, 2, PROMPT[2:])))
+    (result,) = answer.results
+    logits = decode_logits(answer.payload, 1, VOCABULARY)
+    assert (result.sequence, result.position) == (1, 2)
+    assert result.token == int(np.argmax(logits[0]))
+
+
+def test_logits_come_only_for_those_who_asked() -> None:
+    server = engines()
+    start(server)
+    for sequence, logits in ((1, False), (2, True)):
+        ask(server, opened(sequence, logits))
+    rows = (Row(1, 0, 1, True), Row(2, 0, 2, True))
+    answer = tokens_of(ask(server, Step(EPOCH, rows, encode_tokens([1, 2, 3]))))
+    assert [result.sequence for result in answer.results] == [1, 2]
+    logits_of_2 = decode_logits(answer.payload, 1, VOCABULARY)[0]
+    assert answer.results[1].token == int(np.argmax(logits_of_2))
+
+
+@pytest.mark.parametrize("activations", Activations)
+def test_two_stages_are_the_whole(activations: Activations) -> None:
+    settings = dataclasses.replace(SETTINGS, activations=activations)
+    whole, front, back = engines(), engines(), engines()
+    start(whole, config(settings=settings))
+    start(front, config(0, 1, settings=settings))
+    start(back, config(1, 4, settings=settings))
+    for server in (whole, front, back):
+        ask(server, opened(1))
+    expected = tokens_of(ask(whole, step(1, 0, PROMPT)))
+    (hidden,) = ask(front, step(1, 0, PROMPT))
+    assert isinstance(hidden, Hidden)
+    assert (hidden.width, hidden.activations) == (WIDTH, activations)
+    assert tokens_of(ask(back, hidden)) == expected
+
+
+def test_a_step_of_another_epoch_is_dropped() -> None:
+    server = engines()
+    start(server)
+    ask(server, opened(1))
+    stale = Step(EPOCH + 1, (Row(1, 0, 3, True),), encode_tokens(PROMPT))
+    assert ask(server, stale) == []
+    tokens_of(ask(server, step(1, 0, PROMPT)))  # and it left no trace
+
+
+def test_closing_frees_and_repeats_without_harm() -> None:
+    server = engines()
+    start(server)
+    made = set()
+    for sequence in range(1, 20):
+        assert ask(server, opened(sequence)) == []
+        made.add(tokens_of(ask(server, step(sequence, 0, PROMPT))).results[0].token)
+        assert ask(server, CloseSequence(EPOCH, sequence)) == []
+        assert ask(server, CloseSequence(EPOCH, sequence)) == []
+        assert ask(server, step(sequence, 3, [1])) == []  # under way when it was cancelled
+    assert len(made) == 1  # a slot that comes back is empty
+
+
+def test_figures_grow() -> None:
+    server = engines()
+    start(server)
+    ask(server, opened(1))
+    ask(server, step(1, 0, PROMPT))
+    ask(server, step(1, 3, [1]))
+    (answer,) = ask(server, QueryStats(EPOCH))
+    assert isinstance(answer, StageStats)
+    assert (answer.epoch, answer.index) == (EPOCH, 2)
+    assert (answer.stats["steps"], answer.stats["tokens"]) == (2, 4)
+    assert 0 < answer.stats["native_s"] <= answer.stats["busy_s"]
+    assert answer.stats["peak_bytes"] > 1 << 20
+
+
+# --- what goes wrong ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("message", [step(1, 0, [1]), QueryStats(EPOCH), opened(1)])
+def test_before_the_start_there_is_nothing_to_ask(message: Message) -> None:
+    (report,) = ask(engines(), message)
+    assert isinstance(report, ErrorReport)
+    assert "not loaded" in report.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (config(engine="onnx"), "no engine named 'onnx'"),
+        (config(width=9), "8 wide, the plan says 9"),
+        (config(vocab=300), "vocabulary of 256, the plan says 300"),
+        (
+            config(settings=dataclasses.replace(SETTINGS, pin=(99999,))),
+            "cannot be pinned to processors [99999]",
+        ),
+    ],
+)
+def test_a_start_that_fails_is_reported(given: StageConfig, words: str) -> None:
+    assert words in error_of(start(engines(), given)).message
+
+
+def test_a_message_that_is_not_for_a_stage_is_reported() -> None:
+    server = engines()
+    start(server)
+    assert "does not take UnloadStage" in error_of(ask(server, UnloadStage(EPOCH))).message
+
+
+def test_rows_at_the_wrong_end_are_reported() -> None:
+    front, back = engines(), engines()
+    start(front, config(0, 2))
+    start(back, config(2, 4))
+    for server in (front, back):
+        ask(server, opened(1))
+    (hidden,) = ask(front, step(1, 0, PROMPT))
+    assert "reached the first stage" in error_of(ask(front, hidden)).message
+    assert "not the first" in error_of(ask(back, step(1, 0, PROMPT))).message
+
+
+def test_hidden_rows_of_another_size_are_reported() -> None:
+    back = engines()
+    start(back, config(2, 4))
+    ask(back, opened(1))
+    short = Hidden(EPOCH, (Row(1, 0, 2, True),), WIDTH, Activations.FLOAT32, bytes(WIDTH * 4))
+    assert "cannot be 2 rows of 8" in error_of(ask(back, short)).message
+
+
+def test_too_many_sequences_are_one_sequence_s_error() -> None:
+    server = engines()
+    start(server)
+    for sequence in (1, 2):
+        assert ask(server, opened(sequence)) == []
+    assert "all 2 sequences" in error_of(ask(server, opened(3)), 3).message
+    tokens_of(ask(server, step(1, 0, PROMPT)))
+
+
+def test_a_bad_row_ends_its_own_sequence_and_no_other() -> None:
+    server = engines()
+    start(server)
+    for sequence in (1, 2):
+        ask(server, opened(sequence))
+    rows = (Row(1, 9, 1, True), Row(2, 0, 3, True))
+    report, answer = ask(server, Step(EPOCH, rows, encode_tokens([1, 5, 6, 7])))
+    assert "position 9 arrived" in error_of([report], 1).message
+    assert [result.sequence for result in tokens_of([answer]).results] == [2]
+
+
+def test_a_decode_that_fails_ends_the_sequences_of_that_call() -> None:
+    server = engines(FailingEngine)
+    start(server)
+    ask(server, opened(1))
+    ask(server, step(1, 0, PROMPT))
+    assert "no room" in error_of(ask(server, step(1, 3, [1])), 1).message
+    assert ask(server, step(1, 4, [1])) == []  # it is closed
+    ask(server, opened(2))
+    tokens_of(ask(server, step(2, 0, PROMPT)))
+
+
+def test_a_sampler_that_a_peer_made_up_is_refused() -> None:
+    server = engines()
+    start(server)
+    bad = dataclasses.replace(opened(1), sampler={"temperature": "hot"})
+    assert "missing or unknown fields" in error_of(ask(server, bad), 1).message
+    assert ask(server, opened(1)) == []  # the refusal took no slot
