@@ -375,7 +375,9 @@ class Cluster:
         text = await opened.text()
         try:
             vocabulary = await text.info()
-            pipeline = await self._coordinator.load(plan, source, progress)
+            pipeline, _ = await asyncio.gather(
+                self._coordinator.load(plan, source, progress), text.preload()
+            )
             try:
                 load_s = time.perf_counter() - started
                 yield LoadedModel(opened, pipeline, text, vocabulary, load_s)

@@ -31,6 +31,8 @@ class Text(Protocol):
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]: ...
 
+    async def preload(self) -> None: ...
+
     async def render_chat(
         self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
     ) -> str: ...
@@ -113,6 +115,9 @@ class ByteText:
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
         return [bytes([token]) for token in ids]
+
+    async def preload(self) -> None:
+        pass
 
     async def render_chat(
         self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True

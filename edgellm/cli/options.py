@@ -5,6 +5,7 @@ Every option has an ``EDGELLM_*`` twin in the environment; the flag wins.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,7 +110,10 @@ def parse_biases(items: list[str] | None) -> tuple[tuple[int, float], ...]:
     for item in items or []:
         token, _, bias = item.partition("=")
         try:
-            pairs.append((int(token), float(bias)))
+            pair = int(token), float(bias)
         except ValueError as error:
             raise UsageError(f"{item!r} is not TOKEN_ID=BIAS.") from error
+        if not math.isfinite(pair[1]):
+            raise UsageError(f"the bias of {item!r} is no finite number.")
+        pairs.append(pair)
     return tuple(pairs)

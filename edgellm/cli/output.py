@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from edgellm.errors import EdgeError
 
@@ -24,7 +24,8 @@ INTERRUPTED = 130
 def run(work: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
     """Run a command's coroutine; turn errors into words and an exit code."""
     try:
-        asyncio.run(_interruptible(work))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_interruptible(work))
     except EdgeError as error:
         fail(error, as_json)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -41,6 +42,15 @@ def run(work: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
             hint="Set EDGELLM_DEBUG=1 to see where, and please report it.",
         )
         fail(unexpected, as_json)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's loop where it is installed (extra ``fast``): a hop costs a third less with it."""
+    try:
+        import uvloop  # noqa: PLC0415 - optional
+    except ImportError:
+        return None
+    return cast(Callable[[], asyncio.AbstractEventLoop], uvloop.new_event_loop)
 
 
 async def _interruptible(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -1,14 +1,14 @@
 """Token embeddings without llama.cpp's graph: look up rows, dequantise them, scale them.
 
-Used by the first stage of several. The table stays in a memory-mapped file; only the rows that
-are asked for are read. The dequantisation is ggml's own, so the rows are those that llama.cpp
+Used by the first stage of several. The table stays on disk: each row is read when it is asked for,
+from the system's cache as a rule. (Mapped into memory, the table would soon count as ours.) The dequantisation is ggml's own, so the rows are those that llama.cpp
 would compute, bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +38,8 @@ class EmbeddingTable:
         self._stride = tensor.nbytes // self._count
         traits = ggml().ggml_get_type_traits(tensor.type.id).contents
         self._to_float = TO_FLOAT(traits.to_float) if traits.to_float else None
-        with Path(path).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._table = np.frombuffer(
-            mapped, np.uint8, count=tensor.nbytes, offset=tensor.offset
-        ).reshape(self._count, self._stride)
+        self._start = tensor.offset
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def rows(self, tokens: Int32 | None) -> Float32:
         """float32 [len(tokens), width]. Raises StageError for a token outside the vocabulary."""
@@ -50,9 +47,9 @@ class EmbeddingTable:
             raise StageError("the first stage was given no tokens.")
         if tokens.min() < 0 or tokens.max() >= self._count:
             raise StageError(f"a token id is outside the vocabulary of {self._count}.")
-        raw = np.ascontiguousarray(self._table[tokens])
+        raw = np.frombuffer(b"".join(map(self._read_row, tokens.tolist())), np.uint8)
         if self._to_float is None:  # float32 needs no conversion
-            out = raw.view(np.float32)
+            out = raw.view(np.float32).reshape(len(tokens), self._width)
         else:
             out = np.empty((len(tokens), self._width), np.float32)
             # Rows are whole blocks, so all of them convert in one call.
@@ -62,3 +59,12 @@ class EmbeddingTable:
                 out.size,
             )
         return out * self._scale if self._scaled else out
+
+    def _read_row(self, token: int) -> bytes:
+        data = os.pread(self._file, self._stride, self._start + token * self._stride)
+        if len(data) != self._stride:
+            raise StageError("the embedding shard has shrunk.")
+        return data
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -270,3 +270,5 @@ class LlamaEngine:
     def close(self) -> None:
         self._llama.llama_free(self._context)
         self._llama.llama_model_free(self._model)
+        if self._embedding is not None:
+            self._embedding.close()

@@ -6,6 +6,8 @@ key. When it dies, for whatever reason, the node sees the end of the pipe and th
 
 from __future__ import annotations
 
+import gc
+
 from edgellm.engine.base import Sampler, StageConfig, StageEngine
 from edgellm.engine.childside import open_channel
 from edgellm.engine.server import EngineTable, StageServer
@@ -15,6 +17,7 @@ from edgellm.wire.messages import (
     DEFAULT_PAYLOAD_LIMITS,
     LOCAL_KINDS,
     Hidden,
+    StartEngine,
     decode,
     encode,
     kind_of,
@@ -57,8 +60,11 @@ def main() -> None:
     decoder.set_payload_limit(kind_of(Hidden), MAX_PAYLOAD_BYTES)
     while data := channel.read():
         for frame in decoder.feed(data):
-            for answer in server.handle(decode(frame, LOCAL_KINDS)):
+            message = decode(frame, LOCAL_KINDS)
+            for answer in server.handle(message):
                 channel.write(encode(answer))
+            if isinstance(message, StartEngine):
+                gc.freeze()  # what is loaded stays: no collection need look at it again
 
 
 if __name__ == "__main__":

@@ -127,6 +127,11 @@ class TextService:
             self._pieces.update(zip(wanted, pieces, strict=True))
         return [self._pieces[token] for token in ids]
 
+    async def preload(self) -> None:
+        """Fetch all pieces now (some 50 ms for 32,000 tokens), so that no token of an answer has
+        to wait for, or share a processor with, the tokenizer's process."""
+        await self.pieces(range(self._info.n_vocab))
+
     async def render_chat(
         self,
         template: str,

@@ -117,7 +117,7 @@ class Coordinator:
         Raises the first stage's error, or DeadlineError.
         """
         self._progress = progress or self._progress
-        peers = [self._peers[stage.device] for stage in plan.stages]
+        peers = [self._peer(stage.device) for stage in plan.stages]
         pipeline = Pipeline(plan, [peer.session for peer in peers], source.vocab)
         loop = asyncio.get_running_loop()
         waiting = [loop.create_future() for _ in peers]
@@ -143,6 +143,12 @@ class Coordinator:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # one error is raised, the others are its echo
         return pipeline
+
+    def _peer(self, device: str) -> Peer:
+        peer = self._peers.get(device)
+        if peer is None:
+            raise PeerLostError("it is not connected any more.", device=device)
+        return peer
 
     def _request(
         self, plan: Plan, source: ModelSource, peers: Sequence[Peer], index: int

@@ -74,7 +74,7 @@ class HostedStage:
         self._request = request
         self._parts = parts
         self._host: StageHost | None = None
-        self._files: ShardFiles | None = None
+        self._cutting: asyncio.Task[ShardFiles] | None = None
         self._next: Session | None = None
         self._ready: asyncio.Future[StageReady] = asyncio.get_running_loop().create_future()
         self._loading: asyncio.Task[None] | None = None
@@ -131,13 +131,16 @@ class HostedStage:
         engine = str(request.model.get("engine", "llama"))
         files = ShardFiles(Path(str(request.model.get("path", ""))))
         if engine == "llama":
-            self._files = files = await asyncio.to_thread(
+            work = asyncio.to_thread(
                 self._parts.shards.prepare,
                 str(files.shard),
                 str(request.model.get("digest", "")),
                 span,
                 request.epoch,
             )
+            # A thread cannot be cancelled: whoever closes us waits for it, to remove its files.
+            self._cutting = asyncio.create_task(work)
+            files = await asyncio.shield(self._cutting)
         return StageConfig(
             engine=engine,
             span=span,
@@ -246,14 +249,15 @@ class HostedStage:
             self._report(error)
 
     def _next_lost(self, reason: str) -> None:
-        if not self._closed:
-            self._report(
-                PeerLostError(
-                    f"lost the connection to the next stage at {self._request.next_host}:"
-                    f"{self._request.next_port} ({reason}).",
-                    device=self._parts.device,
-                )
+        if self._closed or self._next is None:
+            return
+        # Most likely that device is gone, and this report overtakes the coordinator's own notice.
+        self._report(
+            PeerLostError(
+                f"{self._parts.device} lost the connection to it ({reason}).",
+                device=self._next.peer.name,
             )
+        )
 
     def _report(self, error: EdgeError, sequence: int = -1) -> None:
         self.coordinator.send(ErrorReport(self.epoch, sequence, error.to_dict()))
@@ -272,6 +276,7 @@ class HostedStage:
             await self._host.stop()
         if not self._ready.cancel() and not self._ready.cancelled():
             self._ready.exception()  # whoever waited has gone
-        if self._files is not None:
-            await asyncio.to_thread(self._parts.shards.remove, self._files.made)
-            self._files = None
+        if self._cutting is not None:
+            with contextlib.suppress(EdgeError):  # told by ``load``; nothing was left behind
+                files = await self._cutting
+                await asyncio.to_thread(self._parts.shards.remove, files.made)

@@ -211,11 +211,14 @@ class Session:
             self._handler.on_message(self, event.message, event.frame)
         elif isinstance(event, Opened):
             self._opened.set_result(event.peer)
+            self._arm_timer()  # heartbeats are due sooner than the handshake was
             self._told_open(self)
         elif isinstance(event, Closed):
             self._end(event.reason)
 
     def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         due = self._connection.next_timer()
         if due is not None:
             self._timer = self._loop.call_at(due, self._on_timer)

@@ -73,8 +73,11 @@ class Worker:
             self._load(session, message)
         elif isinstance(message, OpenSequence | CloseSequence | QueryStats | UnloadStage):
             stage = self._stages.get(message.epoch)
-            if stage is not None:
-                self._control(stage, message, frame)
+            if stage is None:
+                return
+            if isinstance(message, UnloadStage) and session is not stage.coordinator:
+                raise RemoteProtocolError("only its coordinator may unload a stage.")
+            self._control(stage, message, frame)
         else:
             raise RemoteProtocolError(f"a node does not take {type(message).__name__} from a peer.")
 

@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from edgellm.errors import PeerLostError
 from edgellm.transport.base import MAX_BUFFERED_BYTES, Buffer, Handlers, OnStream
@@ -184,9 +184,13 @@ class TcpTransport:
             raise PeerLostError(f"cannot connect to {where}: no such port.")
         try:
             async with asyncio.timeout(timeout):
-                _, stream = await loop.create_connection(
-                    TcpStream, host, port, happy_eyeballs_delay=_FAMILY_DELAY_S
+                # Another loop than asyncio's own (uvloop) tries one address after the other.
+                more: dict[str, Any] = (
+                    {"happy_eyeballs_delay": _FAMILY_DELAY_S}
+                    if isinstance(loop, asyncio.BaseEventLoop)
+                    else {}
                 )
+                _, stream = await loop.create_connection(TcpStream, host, port, **more)
         except TimeoutError as error:
             raise PeerLostError(f"{where} did not answer within {timeout:g} s.") from error
         except (OSError, UnicodeError) as error:

@@ -66,9 +66,7 @@ def greedy(count: int = 20, **more: Any) -> GenerateOptions:
     )
 
 
-async def complete(
-    model: LoadedModel, prompt: list[int] | None = None, **more: Any
-) -> Completion:
+async def complete(model: LoadedModel, prompt: list[int] | None = None, **more: Any) -> Completion:
     return await model.complete(PROMPT if prompt is None else prompt, greedy(**more))
 
 

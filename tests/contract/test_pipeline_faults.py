@@ -22,6 +22,7 @@ from edgellm.wire.messages import (
     CloseSequence,
     Hidden,
     Message,
+    Result,
     Row,
     Step,
     Tokens,
@@ -64,7 +65,9 @@ class Stranger:
         self.closed = True
 
 
-async def stranger(network: MemoryNetwork, cluster: InlineCluster, device: str) -> tuple[Stranger, Session]:
+async def stranger(
+    network: MemoryNetwork, cluster: InlineCluster, device: str
+) -> tuple[Stranger, Session]:
     handler = Stranger()
     session = await Session.dial(
         network.transport("stranger"),
@@ -94,8 +97,11 @@ async def test_stale_and_repeated_frames_change_nothing(tmp_path: Path) -> None:
         tokens: list[int] = []
         async with contextlib.aclosing(model.answer(PROMPT, greedy(COUNT)).pieces()) as pieces:
             async for piece in pieces:
-                assert piece.made is not None
+                if piece.made is None:  # the end of the text
+                    continue
                 tokens.append(piece.made.token)
+                if len(tokens) == COUNT:
+                    continue
                 (running,) = pipeline._running
                 at = piece.made.position - 1
                 ids = encode_tokens([9])
@@ -105,17 +111,13 @@ async def test_stale_and_repeated_frames_change_nothing(tmp_path: Path) -> None:
                 first.send(Step(epoch, (Row(running, 0, 1, True),), ids))
                 first.send(Step(epoch, (Row(running + 1, 0, 1, True),), ids))
                 last.send(CloseSequence(epoch ^ 1, running))
-                pipeline.on_tokens(Tokens(epoch, ((running, at, 77),)), _FRAME)  # type: ignore[arg-type]
+                late = Tokens(epoch, (Result(running, at, 77),))
+                pipeline.on_tokens(late, Frame(1, b"", memoryview(b""), b""))
         assert tokens == EXPECTED
 
 
-_FRAME = Frame(kind=1, meta=b"", payload=memoryview(b""), raw=b"")
-
-
 @pytest.mark.parametrize("kind", ["step", "unload", "tokens"])
-async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(
-    tmp_path: Path, kind: str
-) -> None:
+async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(tmp_path: Path, kind: str) -> None:
     async with three(tmp_path, pace_s=0.001) as (cluster, model, network):
         task = asyncio.create_task(complete(model, count=COUNT))
         await until(lambda: cluster.resident == 3)
@@ -124,15 +126,12 @@ async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(
         message: Message = {
             "step": Step(epoch, (Row(1, 0, 1, True),), encode_tokens([9])),
             "unload": UnloadStage(epoch),
-            "tokens": Tokens(epoch, ()) if kind != "tokens" else Tokens(epoch, _RESULTS),
+            "tokens": Tokens(epoch, (Result(1, 0, 5),)),
         }[kind]
         session.send(message)
         await until(lambda: handler.closed)
         assert list((await task).tokens) == EXPECTED
         assert list((await complete(model, count=COUNT)).tokens) == EXPECTED
-
-
-_RESULTS = ((1, 0, 5),)  # type: ignore[var-annotated]
 
 
 async def test_a_stranger_s_frames_of_another_epoch_are_dropped(tmp_path: Path) -> None:
@@ -210,9 +209,7 @@ async def until_cut(model: LoadedModel, network: MemoryNetwork, one: str, other:
 
 
 @pytest.mark.parametrize("device", ["a", "b", "c"])
-async def test_a_stage_that_dies_is_an_error_with_its_reason(
-    tmp_path: Path, device: str
-) -> None:
+async def test_a_stage_that_dies_is_an_error_with_its_reason(tmp_path: Path, device: str) -> None:
     async with inline_three(tmp_path) as (cluster, _):
         with pytest.raises(StageError, match=r"stage . of 3 was killed \(SIGKILL\)") as caught:
             async with loaded(cluster, SPLITS[4]) as model:
@@ -246,12 +243,13 @@ async def test_a_coordinator_that_is_gone_frees_everything(tmp_path: Path) -> No
                 async with contextlib.aclosing(pieces):
                     await anext(pieces)
                     network.cut(COORDINATOR)
-                    await until(lambda: cluster.hosted == 0)
-                    assert all(stage.ended for stage in cluster.all_stages)
+                    await until(lambda: all(stage.ended for stage in cluster.all_stages))
+                    assert cluster.hosted == 0
                     async for _ in pieces:
                         pass
 
 
+@pytest.mark.slow
 async def test_a_device_that_is_silent_is_found_out(tmp_path: Path) -> None:
     """A black hole: nothing breaks, nothing comes. Only the heartbeat sees it."""
     async with inline_three(tmp_path) as (cluster, network):
@@ -261,10 +259,13 @@ async def test_a_device_that_is_silent_is_found_out(tmp_path: Path) -> None:
                     model.answer(PROMPT, greedy(10_000)).pieces()
                 ) as pieces:
                     async for _ in pieces:
+                        silent = asyncio.get_running_loop().time()
                         for peer in ("a", "c", COORDINATOR):
                             network.stall("b", peer)
                             network.stall(peer, "b")
         assert caught.value.device == "b"
+        # 5 s of silence, and not a handshake's time more
+        assert 4.5 < asyncio.get_running_loop().time() - silent < 7
         for peer in ("a", "c", COORDINATOR):
             network.resume("b", peer)
             network.resume(peer, "b")
@@ -278,7 +279,8 @@ async def test_a_device_that_is_silent_is_found_out(tmp_path: Path) -> None:
 async def test_a_changed_byte_is_an_error_and_never_a_token(
     tmp_path: Path, route: tuple[str, str]
 ) -> None:
-    """Each of many bytes of an answer in turn. (A byte of a heartbeat may go unnoticed.)"""
+    """Many bytes of an answer in turn. One in a length can only be seen by the bytes that do not
+    come, at the request's deadline."""
     failed = 0
     async with inline_three(tmp_path, pace_s=0.0) as (cluster, network):
         for count in range(0, 900, 60):
@@ -286,7 +288,7 @@ async def test_a_changed_byte_is_an_error_and_never_a_token(
             try:
                 async with loaded(cluster, SPLITS[4]) as model:
                     network.corrupt_at(*route, count)
-                    pieces = model.answer(PROMPT, greedy(COUNT)).pieces()
+                    pieces = model.answer(PROMPT, greedy(COUNT, deadline_s=0.4)).pieces()
                     async with contextlib.aclosing(pieces):
                         async for piece in pieces:
                             if piece.made is not None:
@@ -295,15 +297,15 @@ async def test_a_changed_byte_is_an_error_and_never_a_token(
                 failed += 1
                 assert error.exit_code == 4
             assert shown == EXPECTED[: len(shown)]
-            await until(lambda: cluster.hosted == 0)
-            await reconnect(cluster)
+            await reconnect(cluster, network)
     assert failed >= 10
 
 
-async def reconnect(cluster: InlineCluster) -> None:
-    """A connection that brought garbage is closed for good: dial again."""
+async def reconnect(cluster: InlineCluster, network: MemoryNetwork) -> None:
+    """A connection that brought garbage is closed for good, or waits for more: dial again."""
     coordinator = cluster.client._coordinator
-    await asyncio.sleep(0.01)
+    network.cut(COORDINATOR)
+    await until(lambda: cluster.hosted == 0 and not coordinator.peers)
     for node in cluster.nodes.values():
         await coordinator.connect(*node.address)
 
