@@ -140,8 +140,8 @@ async def inline_cluster(
 async def until(what: Callable[[], bool], within_s: float = 5.0) -> None:
     """Wait until something holds; a hang is a failure of the test."""
     async with asyncio.timeout(within_s):
-        while not what():
-            await asyncio.sleep(0.005)  # noqa: ASYNC110 - what is watched has no event
+        while not what():  # noqa: ASYNC110 - what is watched has no event
+            await asyncio.sleep(0.005)
 
 
 # --- what the stub must answer --------------------------------------------------------

@@ -1,8 +1,8 @@
 """Token embeddings without llama.cpp's graph: look up rows, dequantise them, scale them.
 
-Used by the first stage of several. The table stays on disk: each row is read when it is asked for,
-from the system's cache as a rule. (Mapped into memory, the table would soon count as ours.) The dequantisation is ggml's own, so the rows are those that llama.cpp
-would compute, bit for bit.
+Used by the first stage of several. The table stays on disk: each row is read when it is asked
+for, from the system's cache as a rule. (Mapped into memory, the table would soon count as ours.)
+The dequantisation is ggml's own, so the rows are those that llama.cpp would compute, bit for bit.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ from edgellm.wire.messages import (
     decode,
     encode,
     kind_of,
+    payload_limits,
 )
 from edgellm.wire.plain import settings_from_plain
-from edgellm.wire.tensors import rows_nbytes
 
 HIDDEN_KIND = kind_of(Hidden)
 TOKENS_KIND = kind_of(Tokens)
@@ -87,7 +87,11 @@ class HostedStage:
             threads=min(settings.threads, parts.threads or settings.threads),
             pin=parts.pin,
         )
-        chunk_bytes = rows_nbytes(settings.chunk, request.width, settings.activations)
+        self.payload_limits = payload_limits(
+            chunk=settings.chunk, width=request.width, activations=settings.activations
+        )
+        """What this plan allows a neighbour to send, bytes by kind."""
+        chunk_bytes = self.payload_limits[HIDDEN_KIND]
         window = (request.stage_count + 2) * settings.sequences
         self._settings = settings
         self._most_unsent = max(MIN_UNSENT_BYTES, window * chunk_bytes)

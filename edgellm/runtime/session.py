@@ -130,6 +130,11 @@ class Session:
         return self._stream.peername
 
     @property
+    def local(self) -> bool:
+        """Whether the peer is on this machine."""
+        return self._stream.local
+
+    @property
     def round_trip_s(self) -> float | None:
         return self._connection.round_trip_s
 

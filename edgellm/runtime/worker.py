@@ -25,10 +25,8 @@ from edgellm.wire.messages import (
     Step,
     UnloadStage,
     kind_of,
-    payload_limits,
     peek,
 )
-from edgellm.wire.plain import settings_from_plain
 
 STEP_KIND = kind_of(Step)
 MAX_STAGES = 8
@@ -100,22 +98,27 @@ class Worker:
         if request.epoch in self._stages:
             raise RemoteProtocolError(f"epoch {request.epoch} is already loaded.")
         stage = HostedStage(request, session, self._parts)
-        if len(self._stages) >= MAX_STAGES:
-            self._refuse(
-                stage,
-                StageError(
-                    f"this device already holds {MAX_STAGES} stages.", device=self._parts.device
-                ),
-            )
+        refusal = self._refusal(session, request)
+        if refusal is not None:
+            self._refuse(stage, refusal)
             return
-        settings = settings_from_plain(request.settings)
-        self._allow_payloads(
-            payload_limits(
-                chunk=settings.chunk, width=request.width, activations=settings.activations
-            )
-        )
+        self._allow_payloads(stage.payload_limits)
         self._stages[request.epoch] = stage
         self._spawn(self._run_load(stage))
+
+    def _refusal(self, session: Session, request: LoadStage) -> EdgeError | None:
+        if len(self._stages) >= MAX_STAGES:
+            return StageError(
+                f"this device already holds {MAX_STAGES} stages.", device=self._parts.device
+            )
+        if request.model.get("path") and not session.local:
+            # A path is a claim about our own disk: nobody on another machine may make it.
+            return StageError(
+                "this device does not have the model, and cannot fetch it from another one yet.",
+                device=self._parts.device,
+                hint="For now the devices of a model are on one machine.",
+            )
+        return None
 
     async def _run_load(self, stage: HostedStage) -> None:
         try:

@@ -27,6 +27,11 @@ class Stream(Protocol):
         """The other end, for people: ``host:port``."""
         ...
 
+    @property
+    def local(self) -> bool:
+        """Whether the other end is on this machine."""
+        ...
+
     async def read(self, max_bytes: int) -> bytes:
         """The next 1 to ``max_bytes`` bytes, as soon as there are any; ``b""`` at the end.
 

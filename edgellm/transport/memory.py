@@ -182,6 +182,10 @@ class MemoryStream:
         """Lay the pipe to the other end."""
         self._pipe = far._source = _Pipe(self._route, self, far)
 
+    @property
+    def local(self) -> bool:
+        return True
+
     async def read(self, max_bytes: int) -> bytes:
         chunk = await self.inbox.read(max_bytes)
         if self._source is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -47,12 +48,17 @@ class TcpStream(asyncio.Protocol):
         self._reading_paused = False
         self._closed = self._loop.create_future()
         self._peername = "?"
+        self._local = False
 
     # --- Stream -----------------------------------------------------------------------
 
     @property
     def peername(self) -> str:
         return self._peername
+
+    @property
+    def local(self) -> bool:
+        return self._local
 
     async def read(self, max_bytes: int) -> bytes:
         chunk = await self._inbox.read(max_bytes)
@@ -113,7 +119,9 @@ class TcpStream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        self._peername = _shown(transport.get_extra_info("peername"))
+        peer = transport.get_extra_info("peername")
+        self._peername = _shown(peer)
+        self._local = _is_loopback(peer)
         sock = transport.get_extra_info("socket")
         if sock is not None:
             _tune(sock)
@@ -230,6 +238,15 @@ def _shown(address: object) -> str:
         return "?"
     host, port = str(address[0]), address[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_loopback(address: object) -> bool:
+    if not isinstance(address, tuple) or not address:
+        return False
+    try:
+        return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -14,29 +14,48 @@ from edgellm.types import Activations, EngineSettings, Mode, SamplerSettings
 
 T = TypeVar("T")
 
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    """No conversions: text that says false is not false."""
+
+    def check(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"{str(value)[:40]!r} is no {kind.__name__}")
+        return value
+
+    return check
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{str(value)[:40]!r} is no number")
+    return float(value)
+
+
+_INT, _BOOL, _STR = _exactly(int), _exactly(bool), _exactly(str)
 _ENGINE: Mapping[str, Callable[[Any], Any]] = {
-    "context": int,
-    "sequences": int,
-    "chunk": int,
-    "kv_type": str,
+    "context": _INT,
+    "sequences": _INT,
+    "chunk": _INT,
+    "kv_type": _STR,
     "mode": Mode,
     "activations": Activations,
-    "flash_attention": bool,
-    "swa_full": bool,
-    "threads": int,
-    "pin": lambda value: tuple(int(processor) for processor in value),
+    "flash_attention": _BOOL,
+    "swa_full": _BOOL,
+    "threads": _INT,
+    "pin": lambda value: tuple(_INT(processor) for processor in value),
 }
 _SAMPLER: Mapping[str, Callable[[Any], Any]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repeat_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "penalty_last_n": int,
-    "logit_bias": lambda value: tuple((int(token), float(bias)) for token, bias in value),
-    "seed": int,
+    "temperature": _number,
+    "top_k": _INT,
+    "top_p": _number,
+    "min_p": _number,
+    "repeat_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "penalty_last_n": _INT,
+    "logit_bias": lambda value: tuple((_INT(token), _number(bias)) for token, bias in value),
+    "seed": _INT,
 }
 
 

@@ -123,12 +123,12 @@ async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(tmp_path: Path,
         await until(lambda: cluster.resident == 3)
         handler, session = await stranger(network, cluster, "a")
         epoch = model.plan.epoch
-        message: Message = {
+        messages: dict[str, Message] = {
             "step": Step(epoch, (Row(1, 0, 1, True),), encode_tokens([9])),
             "unload": UnloadStage(epoch),
             "tokens": Tokens(epoch, (Result(1, 0, 5),)),
-        }[kind]
-        session.send(message)
+        }
+        session.send(messages[kind])
         await until(lambda: handler.closed)
         assert list((await task).tokens) == EXPECTED
         assert list((await complete(model, count=COUNT)).tokens) == EXPECTED
@@ -255,14 +255,11 @@ async def test_a_device_that_is_silent_is_found_out(tmp_path: Path) -> None:
     async with inline_three(tmp_path) as (cluster, network):
         with pytest.raises(DeviceError) as caught:
             async with loaded(cluster, SPLITS[4]) as model:
-                async with contextlib.aclosing(
-                    model.answer(PROMPT, greedy(10_000)).pieces()
-                ) as pieces:
-                    async for _ in pieces:
-                        silent = asyncio.get_running_loop().time()
-                        for peer in ("a", "c", COORDINATOR):
-                            network.stall("b", peer)
-                            network.stall(peer, "b")
+                async for _ in model.stream(PROMPT, greedy(10_000)):
+                    silent = asyncio.get_running_loop().time()
+                    for peer in ("a", "c", COORDINATOR):
+                        network.stall("b", peer)
+                        network.stall(peer, "b")
         assert caught.value.device == "b"
         # 5 s of silence, and not a handshake's time more
         assert 4.5 < asyncio.get_running_loop().time() - silent < 7
@@ -292,7 +289,7 @@ async def test_a_changed_byte_is_an_error_and_never_a_token(
                     async with contextlib.aclosing(pieces):
                         async for piece in pieces:
                             if piece.made is not None:
-                                shown.append(piece.made.token)
+                                shown.append(piece.made.token)  # noqa: PERF401 - kept when it raises
             except EdgeError as error:
                 failed += 1
                 assert error.exit_code == 4

@@ -1,0 +1,139 @@
+"""Commands and processes for the cluster tests: run them, look for what they left, end them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from edgellm.errors import EdgeError
+from tests.conftest import ROOT
+
+HANG_S = 60.0
+"""No command here takes more than a few seconds; this only keeps a hang from being forever."""
+STAGE_MODULE = "edgellm.engine.stage_main"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Standard output as the one JSON object that it must be."""
+        made = json.loads(self.out)
+        assert isinstance(made, dict)
+        return made
+
+
+def environment(temp: Path) -> dict[str, str]:
+    """Ours, with a temporary folder that the test can look into, and no EDGELLM_ settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EDGELLM_")}
+    path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH", ""))))
+    return kept | {"PYTHONPATH": path, "TMPDIR": str(temp), "EDGELLM_HOME": str(temp / "home")}
+
+
+def start(arguments: Sequence[str], temp: Path) -> subprocess.Popen[str]:
+    """Start ``edgellm ARGUMENTS`` in a session of its own, as a terminal would."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "edgellm", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(temp),
+        cwd=temp,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Ended:
+    try:
+        out, err = process.communicate(timeout=HANG_S)
+    except subprocess.TimeoutExpired:
+        end_tree(process.pid)
+        raise
+    return Ended(process.returncode, out, err)
+
+
+def edgellm(*arguments: str, temp: Path) -> Ended:
+    """Run a command to its end."""
+    return finish(start(arguments, temp))
+
+
+def wait_for(what: Callable[[], object], within_s: float = 20.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + within_s
+    while not what():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come to be")
+        time.sleep(0.01)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def stages_of(pid: int) -> list[psutil.Process]:
+    """The stage processes below a process."""
+    return [process for process in descendants(pid) if STAGE_MODULE in _command(process)]
+
+
+def nodes_of(pid: int) -> list[psutil.Process]:
+    """The ``edgellm join`` processes below a process."""
+    return [process for process in descendants(pid) if "join" in _command(process)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def all_gone(processes: Sequence[psutil.Process]) -> bool:
+    """Whether all have ended; a zombie that waits for a foreign parent has."""
+
+    def gone(process: psutil.Process) -> bool:
+        try:
+            return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    return all(gone(process) for process in processes)
+
+
+def end_tree(pid: int) -> None:
+    """Kill a process that we started, and those that it started."""
+    for process in [*descendants(pid), psutil.Process(pid)]:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def left_behind(temp: Path) -> list[str]:
+    """What a command left in its temporary folder."""
+    return sorted(str(path.relative_to(temp)) for path in temp.rglob("*"))
+
+
+def device_error(error: EdgeError, device: str) -> None:
+    """A failure of ``device``, said as it should be."""
+    assert error.exit_code == 4
+    assert error.device == device
