@@ -69,7 +69,7 @@ class LoadOptions:
     context: int | None = None
     """KV cells of a sequence; None: what the model was trained for, 2048 at most."""
     sequences: int = 1
-    chunk: int = 128
+    chunk: int = 64
     kv_type: str = "f16"
     threads: int = 0
     """Of each stage; 0: what each device says."""

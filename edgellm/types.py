@@ -78,7 +78,7 @@ class EngineSettings:
     """KV cells per sequence, tokens."""
     sequences: int = 1
     """Sequences that may be resident at once."""
-    chunk: int = 128
+    chunk: int = 64
     """Largest number of tokens in one decode call (llama.cpp's n_batch and n_ubatch)."""
     kv_type: str = "f16"
     mode: Mode = Mode.NORMAL

@@ -115,7 +115,7 @@ class Bench:
     opened: OpenedModel
     stages: int = 2
     pairs: int = 7
-    chunk: int = 128
+    chunk: int = 64
     cases: tuple[Case, ...] = CASES
 
 

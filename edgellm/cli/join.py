@@ -71,5 +71,8 @@ async def _until_told(until_stdin_closes: bool) -> None:
             if not os.read(descriptor, 4096) and not forever.done():
                 forever.set_result(None)
 
-        asyncio.get_running_loop().add_reader(descriptor, readable)
+        try:
+            asyncio.get_running_loop().add_reader(descriptor, readable)
+        except PermissionError:  # a plain file or /dev/null cannot be watched: it has ended
+            return
     await forever

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, cast
 
 import typer
 
@@ -10,6 +11,11 @@ from edgellm import __version__
 from edgellm.cli.bench import bench
 from edgellm.cli.chat import chat, demo
 from edgellm.cli.join import join
+from edgellm.cli.output import INTERRUPTED, fail
+from edgellm.errors import UsageError
+
+_ParserError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+"""click's UsageError, by its public subclass: some releases of typer bring a click of their own."""
 
 app = typer.Typer(
     name="edgellm",
@@ -41,4 +47,15 @@ def _top(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    arguments = sys.argv[1:]
+    try:
+        code = app(standalone_mode=False)
+    except _ParserError as error:
+        if not arguments:  # it is the help text
+            error.show()
+            sys.exit(UsageError.exit_code)
+        message = error.format_message().rstrip(".")
+        fail(UsageError(f"{message}.", hint="See --help."), "--json" in arguments)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    sys.exit(code)

@@ -36,6 +36,8 @@ from edgellm.wire.plain import sampler_to_plain
 from edgellm.wire.tensors import decode_logits, encode_tokens
 
 STATS_WITHIN_S = 10.0
+MAX_DEADLINE_S = 1e9
+"""What the protocol carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,10 @@ class Pipeline:
             raise UsageError(f"the prompt has token ids outside 0 to {self._vocab - 1}.")
         if not all(0 <= token < self._vocab for token, _ in request.sampler.logit_bias):
             raise UsageError(f"logit_bias names a token outside 0 to {self._vocab - 1}.")
+        if not 0 < request.deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
+            raise UsageError(
+                f"a deadline of {request.deadline_s:g} s is outside 0 to {MAX_DEADLINE_S:g} s."
+            )
         if request.max_tokens < 1:
             raise UsageError("at least one token must be asked for.")
 

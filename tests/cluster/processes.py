@@ -85,7 +85,7 @@ def wait_for(what: Callable[[], object], within_s: float = 20.0) -> None:
 
 def descendants(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
@@ -112,7 +112,7 @@ def all_gone(processes: Sequence[psutil.Process]) -> bool:
 
     def gone(process: psutil.Process) -> bool:
         try:
-            return process.status() == psutil.STATUS_ZOMBIE
+            return bool(process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 

@@ -132,9 +132,13 @@ async def test_normal_mode_gives_the_same_tokens_for_nine_of_ten_prompts(
             answer = await greedy(model, prompt)
             bits_differ |= not np.array_equal(np.stack(answer.logits), logits)
             if list(answer.tokens) != tokens:
-                at = next(i for i, pair in enumerate(zip(answer.tokens, tokens)) if pair[0] != pair[1])
+                at = next(
+                    i for i, pair in enumerate(zip(answer.tokens, tokens)) if pair[0] != pair[1]
+                )
                 best = np.sort(logits[at])[-2:]
-                differing.append(f"{text!r}: from token {at}, best two {best[1] - best[0]:.2e} apart")
+                differing.append(
+                    f"{text!r}: from token {at}, best two {best[1] - best[0]:.2e} apart"
+                )
     whole.close()
     print("normal mode:", 10 - len(differing), "of 10 identical;", "; ".join(differing))
     assert len(differing) <= 1, differing

@@ -1,0 +1,473 @@
+"""The command line's contract: one JSON object, exit codes, and nothing left behind.
+
+Real commands over real processes; the stub engine where the model does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tests.cluster.processes import (
+    Ended,
+    all_gone,
+    descendants,
+    edgellm,
+    end_tree,
+    finish,
+    left_behind,
+    start,
+    wait_for,
+)
+from tests.inline import stub_answer
+from tests.tinymodels import write_tiny_model
+
+PROMPT = "Once upon a time"
+STUB = ("--model", "stub:6", "--prompt", PROMPT)
+STUB_TOKENS = stub_answer(list(PROMPT.encode()), 6, 20)
+STORIES = "stories260K-f32.gguf"
+
+
+@pytest.fixture(scope="module")
+def tiny(model_dir: Path) -> Path:
+    """A five-layer llama with a vocabulary of 288."""
+    return write_tiny_model("llama", model_dir)
+
+
+def demo(temp: Path, *arguments: str) -> Ended:
+    return edgellm("demo", *arguments, "--json", temp=temp)
+
+
+def told(ended: Ended, code: int, *words: str) -> dict[str, Any]:
+    """The error, said both ways: words for people, one object for programs."""
+    assert ended.code == code, ended.err
+    error = ended.json["error"]
+    assert isinstance(error, dict)
+    assert error["exit_code"] == code
+    assert set(error) <= {"code", "message", "exit_code", "hint", "device", "field"}
+    for word in words:
+        assert word in ended.err
+    assert "Traceback" not in ended.err
+    lines = ended.err.strip().splitlines()
+    assert lines[-1].startswith("edgellm: ")
+    assert error["message"] in lines[-1]
+    return error
+
+
+# --- what is printed ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["stub", "tiny"])
+def test_demo_prints_one_object_with_every_field(model: str, tiny: Path, tmp_path: Path) -> None:
+    arguments = STUB if model == "stub" else ("--model", str(tiny), "--prompt", PROMPT)
+    stages = "a:0-2,b:2-4,c:4-"
+    ended = demo(
+        tmp_path, *arguments, "--stages", stages, "--max-tokens", "20", "--ignore-eos",
+        "--temperature", "0", "--seed", "1",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.out.count("\n") == 1
+    made = ended.json
+    assert made.keys() == {"text", "tokens", "finish_reason", "mode", "plan", "timings", "wire"}
+    assert len(made["tokens"]) == 20
+    if model == "stub":
+        assert made["tokens"] == STUB_TOKENS
+        assert made["text"] == bytes(STUB_TOKENS).decode("utf-8", "replace")
+    assert (made["finish_reason"], made["mode"]) == ("length", "normal")
+    layers = 6 if model == "stub" else 5
+    planned = made["plan"]["stages"]
+    assert [stage["device"] for stage in planned] == ["a", "b", "c"]
+    assert [stage["layers"] for stage in planned] == [[0, 2], [2, 4], [4, layers]]
+    assert len({stage["device_id"] for stage in planned}) == 3
+    for stage in planned:
+        assert len(stage["device_id"]) == 64
+        assert stage["memory_bytes"] > 0
+    timings = made["timings"]
+    assert timings["completion_tokens"] == 20
+    assert timings["prompt_tokens"] >= len(PROMPT)
+    for name in ("load_s", "ttft_s", "tpot_s"):
+        assert 0 < timings[name] < 60
+    assert [stage["device"] for stage in timings["stages"]] == ["a", "b", "c"]
+    for stage in timings["stages"]:
+        assert 0 < stage["llama_decode_s"] <= stage["busy_s"]
+        assert stage["tokens"] == timings["prompt_tokens"] + 19
+    links = {(link["from"], link["to"]): link for link in made["wire"]["links"]}
+    for pair in (("coordinator", "a"), ("a", "b"), ("b", "c"), ("c", "coordinator")):
+        assert links[pair]["bytes"] > 0
+        assert links[pair]["messages"] >= 20
+    assert made["wire"]["returned_bytes_per_token"] <= 200
+    assert left_behind(tmp_path) == []
+
+
+def test_without_json_the_answer_alone_is_on_standard_output(tmp_path: Path) -> None:
+    ended = edgellm("demo", *STUB, "--max-tokens", "20", "--temperature", "0", temp=tmp_path)
+    assert ended.code == 0, ended.err
+    assert ended.out == bytes(STUB_TOKENS).decode("utf-8", "replace") + "\n"
+    assert "20 tokens" in ended.err
+
+
+def test_a_single_token_has_no_time_per_token(tmp_path: Path) -> None:
+    made = demo(tmp_path, *STUB, "--max-tokens", "1", "--temperature", "0").json
+    assert made["tokens"] == STUB_TOKENS[:1]
+    assert made["timings"]["tpot_s"] is None
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_every_device_of_a_demo_gets_a_stage(devices: int, tmp_path: Path) -> None:
+    ended = demo(
+        tmp_path, *STUB, "--devices", str(devices), "--max-tokens", "20", "--temperature", "0"
+    )
+    assert ended.json["tokens"] == STUB_TOKENS
+    planned = ended.json["plan"]["stages"]
+    assert [stage["device"] for stage in planned] == list("abcd"[:devices])
+
+
+def test_exact_is_reference_mode(tiny: Path, tmp_path: Path) -> None:
+    tokens = []
+    for stages in ("a:0-5", "a:0-2,b:2-5"):
+        ended = demo(
+            tmp_path, "--model", str(tiny), "--prompt", PROMPT, "--stages", stages, "--exact",
+            "--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--devices", "2",
+        )  # fmt: skip
+        assert ended.json["mode"] == "reference"
+        assert ended.json["plan"]["settings"]["activations"] == "float32"
+        tokens.append(ended.json["tokens"])
+    assert tokens[0] == tokens[1]
+
+
+# --- chat, with peers -----------------------------------------------------------------
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[str]:
+    """A node named kitchen in a process of its own, as ``edgellm join`` runs it."""
+    folder = tmp_path / "kitchen"
+    folder.mkdir()
+    process = start(["join", "--name", "kitchen", "--memory", "1GiB", "--json"], folder)
+    assert process.stdout is not None
+    yield str(json.loads(process.stdout.readline())["address"])
+    process.terminate()
+    ended = finish(process)
+    assert ended.code == 130
+    assert left_behind(folder) == ["home", "home/device_id"]
+
+
+def test_chat_over_this_device_and_a_peer(peer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    ended = edgellm(
+        "chat", *STUB, "--peer", peer, "--name", "desk", "--stages", "desk:0-2,kitchen:2-6",
+        "--temperature", "0", "--max-tokens", "20", "--json", temp=folder,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.json["tokens"] == STUB_TOKENS
+    assert [stage["device"] for stage in ended.json["plan"]["stages"]] == ["desk", "kitchen"]
+    assert left_behind(folder) == ["home", "home/device_id"]  # who this device is, and no more
+
+
+def test_chat_alone(tmp_path: Path) -> None:
+    ended = edgellm(
+        "chat", *STUB, "--temperature", "0", "--max-tokens", "20", "--json", temp=tmp_path
+    )
+    assert ended.json["tokens"] == STUB_TOKENS
+
+
+def test_two_devices_of_one_name_are_refused(peer: str, tmp_path: Path) -> None:
+    ended = edgellm("chat", *STUB, "--peer", peer, "--name", "kitchen", "--json", temp=tmp_path)
+    told(ended, 2, "two devices are named kitchen")
+
+
+# --- exit code 2: bad usage -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", "x"), "no model was named"),
+        (("--model", "stub:6"), "there is no prompt"),
+        (("--model", "no/such/file.gguf", "--prompt", "x"), "no/such/file.gguf"),
+        (("--model", "stub:many", "--prompt", "x"), "stub:LAYERS"),
+        ((*STUB, "--stages", "a:0-3,z:3-6"), "z"),
+        ((*STUB, "--stages", "a:0-4,b:3-6"), "layer"),
+        ((*STUB, "--stages", "a:0-3,b:4-6"), "layer"),
+        ((*STUB, "--stages", "a:0-3,b:3-5"), "layer"),
+        ((*STUB, "--stages", "a:0-3,b:3-9"), "layer"),
+        ((*STUB, "--stages", "a:0-3,a:3-6"), "a"),
+        ((*STUB, "--stages", "nonsense"), "nonsense"),
+        ((*STUB, "--stages", ""), ""),
+        ((*STUB, "--activations", "float8"), "float8"),
+        ((*STUB, "--exact", "--activations", "float16"), "--exact needs float32"),
+        ((*STUB, "--kv-type", "q9_9"), "q9_9"),
+        ((*STUB, "--ctx", "99999999"), "context"),
+        ((*STUB, "--chunk", "0"), "chunk"),
+        ((*STUB, "--temperature", "-1"), "temperature"),
+        ((*STUB, "--temperature", "nan"), "temperature"),
+        ((*STUB, "--top-p", "2"), "top_p"),
+        ((*STUB, "--logit-bias", "five=1"), "five=1"),
+        ((*STUB, "--logit-bias", "5"), "5"),
+        ((*STUB, "--logit-bias", "5=nan"), "finite"),
+        ((*STUB, "--memory", "much"), "much"),
+        ((*STUB, "--prompt", ""), "the prompt is empty"),
+        ((*STUB, "--logit-bias", "256=1"), "outside 0 to 255"),
+        ((*STUB, "--deadline", "inf"), "deadline"),
+    ],
+)
+def test_bad_usage(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    told(demo(tmp_path, *arguments), 2, words)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--max-tokens", "0"),
+        ("--max-tokens", "many"),
+        ("--devices", "0"),
+        ("--devices", "17"),
+        ("--seed", "-1"),
+        ("--deadline", "0"),
+        ("--deadline", "nan"),
+        ("--no-such-option",),
+    ],
+)
+def test_what_the_parser_refuses(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    told(demo(tmp_path, *STUB, *arguments), 2, arguments[0])
+    assert left_behind(tmp_path) == []
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    told(edgellm("dance", "--json", temp=tmp_path), 2, "dance")
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    for arguments in (("--help",), ("demo", "--help"), ("chat", "--help"), ("join", "--help")):
+        ended = edgellm(*arguments, temp=tmp_path)
+        assert ended.code == 0
+        assert ended.out.startswith("Usage: ")
+    assert edgellm("--version", temp=tmp_path).out.startswith("edgellm ")
+    bare = edgellm(temp=tmp_path)
+    assert bare.code == 2
+    assert "Usage: " in bare.out + bare.err
+
+
+@pytest.mark.parametrize("address", ["kitchen", "127.0.0.1", "127.0.0.1:0", ":7171", "h:99999"])
+def test_a_bad_peer_address(address: str, tmp_path: Path) -> None:
+    ended = edgellm("chat", *STUB, "--peer", address, "--json", temp=tmp_path)
+    told(ended, 2, "is not an address")
+
+
+# --- exit codes 3 and 4 ---------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
+    error = told(demo(tmp_path, *STUB, "--memory", "1KiB"), 3)
+    assert error["code"] == "no_plan"
+    assert any(digit in error["message"] for digit in "0123456789")  # it carries the numbers
+    assert left_behind(tmp_path) == []
+
+
+def test_a_real_model_that_does_not_fit(tiny: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(tiny), "--prompt", "x", "--memory", "1MiB")
+    assert told(demo(tmp_path, *arguments), 3)["code"] == "no_plan"
+
+
+def test_a_dead_peer(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ended = edgellm("chat", *STUB, "--peer", address, "--json", temp=tmp_path)
+    assert told(ended, 4, address)["code"] == "peer_lost"
+
+
+def test_a_peer_that_is_no_node(tmp_path: Path) -> None:
+    """It accepts, and answers with something else."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = start(["chat", *STUB, "--peer", address, "--json"], tmp_path)
+        connection, _ = server.accept()
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        told(finish(process), 4)
+        connection.close()
+
+
+def test_a_deadline(tmp_path: Path) -> None:
+    slow = ("--model", "stub:6:delay=0.02", "--prompt", PROMPT)
+    ended = demo(tmp_path, *slow, "--max-tokens", "1000", "--deadline", "0.3")
+    assert told(ended, 4, "deadline of 0.3 s")["code"] == "deadline"
+    assert left_behind(tmp_path) == []
+
+
+# --- exit code 5: the model file ------------------------------------------------------
+
+
+def bad_files(folder: Path, tiny: Path) -> dict[str, Path]:
+    whole = tiny.read_bytes()
+    files = {
+        "empty": b"",
+        "text": b"this is not a model\n" * 10,
+        "magic alone": b"GGUF",
+        "cut in the header": whole[:100],
+        "cut in the tensors": whole[: len(whole) // 2],
+        "one byte short": whole[:-1],
+        "absurd counts": b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16 + bytes(64),
+        "version 99": b"GGUF" + (99).to_bytes(4, "little") + whole[8:],
+    }
+    made = {}
+    for name, data in files.items():
+        made[name] = folder / f"{name.replace(' ', '-')}.gguf"
+        made[name].write_bytes(data)
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "empty",
+        "text",
+        "magic alone",
+        "cut in the header",
+        "cut in the tensors",
+        "one byte short",
+        "absurd counts",
+        "version 99",
+    ],
+)
+def test_a_bad_model_file(
+    name: str, tiny: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = bad_files(tmp_path_factory.mktemp("bad"), tiny)[name]
+    error = told(demo(tmp_path, "--model", str(path), "--prompt", "x"), 5)
+    assert error["code"] == "model_invalid"
+    assert left_behind(tmp_path) == []
+
+
+def test_a_folder_is_no_model_file(tmp_path: Path) -> None:
+    told(demo(tmp_path, "--model", ".", "--prompt", "x"), 5, "is a directory")
+
+
+@pytest.mark.parametrize("architecture", ["t5", "never-heard-of"])
+def test_an_unsupported_architecture(
+    architecture: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("odd") / "odd.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    error = told(demo(tmp_path, "--model", str(path), "--prompt", "x"), 5, architecture)
+    assert error["code"] == "model_unsupported"
+    assert left_behind(tmp_path) == []
+
+
+# --- options that change the answer ---------------------------------------------------
+
+
+def stories(folder: Path, temp: Path, *arguments: str) -> dict[str, Any]:
+    ended = demo(
+        temp, "--model", str(folder / STORIES), "--prompt", PROMPT, "--raw",
+        "--devices", "2", "--max-tokens", "24", "--ctx", "256", *arguments,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    return ended.json
+
+
+def test_a_seed_repeats_and_another_does_not(shared_models: Path, tmp_path: Path) -> None:
+    warm = ("--temperature", "0.9", "--seed")
+    first = stories(shared_models, tmp_path, *warm, "5")
+    assert stories(shared_models, tmp_path, *warm, "5")["tokens"] == first["tokens"]
+    assert stories(shared_models, tmp_path, *warm, "6")["tokens"] != first["tokens"]
+
+
+def test_a_stop_string_ends_the_text_before_it(shared_models: Path, tmp_path: Path) -> None:
+    whole = stories(shared_models, tmp_path, "--temperature", "0")
+    stop = whole["text"].split()[3]
+    cut = stories(shared_models, tmp_path, "--temperature", "0", "--stop", stop)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])]
+
+
+def test_a_logit_bias_forbids_a_token(shared_models: Path, tmp_path: Path) -> None:
+    whole = stories(shared_models, tmp_path, "--temperature", "0")
+    forbidden = whole["tokens"][2]
+    other = stories(
+        shared_models, tmp_path, "--temperature", "0", "--logit-bias", f"{forbidden}=-1000"
+    )
+    assert forbidden not in other["tokens"]
+    assert other["tokens"][:2] == whole["tokens"][:2]
+
+
+def test_ignore_eos_goes_on_past_the_end(shared_models: Path, tmp_path: Path) -> None:
+    """Forced by a bias: the end of text is made at once."""
+    end = ("--temperature", "0", "--logit-bias", "2=1000")
+    ended = stories(shared_models, tmp_path, *end)
+    assert (ended["tokens"], ended["finish_reason"]) == ([], "stop")
+    going = stories(shared_models, tmp_path, *end, "--ignore-eos")
+    assert going["tokens"] == [2] * 24
+    assert going["finish_reason"] == "length"
+
+
+def test_a_model_without_template_continues_the_prompt(shared_models: Path, tmp_path: Path) -> None:
+    raw = stories(shared_models, tmp_path, "--temperature", "0")
+    ended = demo(
+        tmp_path, "--model", str(shared_models / STORIES), "--prompt", PROMPT, "--devices", "2",
+        "--max-tokens", "24", "--ctx", "256", "--temperature", "0",
+    )  # fmt: skip
+    assert "no chat template" in ended.err
+    assert ended.json["tokens"] == raw["tokens"]
+
+
+# --- join -----------------------------------------------------------------------------
+
+
+def test_join_until_standard_input_closes(tmp_path: Path) -> None:
+    process = start(["join", "--until-stdin-closes", "--name", "x", "--json"], tmp_path)
+    ended = finish(process)  # its standard input is empty
+    assert ended.code == 0, ended.err
+    assert ended.json.keys() == {"name", "id", "address"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--listen", "203.0.113.1"), 4),
+        (("--memory", "x"), 2),
+        (("--pin", "a"), 2),
+        (("--home", "/dev/null/x"), 4),
+    ],
+)
+def test_a_join_that_cannot_be(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    told(edgellm("join", *arguments, "--json", temp=tmp_path), code)
+
+
+def test_a_node_that_is_terminated_ends_its_stages(peer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "client"
+    folder.mkdir()
+    slow = ("--model", "stub:6:delay=0.02", "--prompt", PROMPT, "--max-tokens", "2000")
+    process = start(
+        ["chat", *slow, "--name", "desk", "--peer", peer, "--stages", "desk:0-3,kitchen:3-6"],
+        folder,
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        below = descendants(process.pid)
+        assert below
+        process.terminate()
+        assert process.wait(20) == 130
+        wait_for(lambda: all_gone(below))
+    finally:
+        if process.poll() is None:
+            end_tree(process.pid)
+        process.communicate()
