@@ -129,9 +129,14 @@ class Stages:
         self.permute = False
         """Later stages get every step's hidden rows backwards: wrong on purpose, for controls."""
 
-    def open(self, sequence: int, prompt: Sequence[int] = ()) -> None:
+    def open(
+        self,
+        sequence: int,
+        prompt: Sequence[int] = (),
+        sampler: SamplerSettings = GREEDY,
+    ) -> None:
         for runner in self.runners:
-            runner.open(sequence, GREEDY, prompt, logits=True)
+            runner.open(sequence, sampler, prompt, logits=True)
         self.positions[sequence] = 0
 
     def close(self, sequence: int) -> None:

@@ -281,6 +281,6 @@ class HostedStage:
         if not self._ready.cancel() and not self._ready.cancelled():
             self._ready.exception()  # whoever waited has gone
         if self._cutting is not None:
-            with contextlib.suppress(EdgeError):  # told by ``load``; nothing was left behind
+            with contextlib.suppress(Exception):  # told by ``load``; nothing was left behind
                 files = await self._cutting
                 await asyncio.to_thread(self._parts.shards.remove, files.made)

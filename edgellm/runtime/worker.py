@@ -124,10 +124,16 @@ class Worker:
         try:
             await stage.load()
         except EdgeError as error:
-            error.device = error.device or self._parts.device
-            self._refuse(stage, error)
-            self._stages.pop(stage.epoch, None)
-            await stage.close()
+            await self._give_up(stage, error)
+        except Exception as bug:  # noqa: BLE001 - unsaid, it would cost the coordinator its deadline
+            what = f"loading failed with an internal error: {type(bug).__name__}: {bug}."
+            await self._give_up(stage, StageError(what))
+
+    async def _give_up(self, stage: HostedStage, error: EdgeError) -> None:
+        error.device = error.device or self._parts.device
+        self._refuse(stage, error)
+        self._stages.pop(stage.epoch, None)
+        await stage.close()
 
     def _refuse(self, stage: HostedStage, error: EdgeError) -> None:
         stage.coordinator.send(ErrorReport(stage.epoch, -1, error.to_dict()))

@@ -72,7 +72,8 @@ class Block(nn.Module):
         x = x + self.attn_output(mixed.transpose(1, 2).reshape(rows, length, -1))
         normed = self.ffn_norm(x)
         gated = functional.silu(self.ffn_gate(normed)) * self.ffn_up(normed)
-        return x + self.ffn_down(gated)
+        out: Tensor = x + self.ffn_down(gated)
+        return out
 
 
 class Llama(nn.Module):
@@ -121,7 +122,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     future = torch.full((length, length), -torch.inf).triu(1).repeat(heads // k.shape[1], 1)
     scores = (grouped @ k.transpose(-1, -2)).float() * head**-0.5 + future
     weights = scores.softmax(-1).to(v.dtype)
-    return (weights @ v).view(rows, heads, length, head)
+    mixed: Tensor = (weights @ v).view(rows, heads, length, head)
+    return mixed
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

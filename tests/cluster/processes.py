@@ -74,6 +74,26 @@ def edgellm(*arguments: str, temp: Path) -> Ended:
     return finish(start(arguments, temp))
 
 
+def demo(temp: Path, *arguments: str) -> Ended:
+    return edgellm("demo", *arguments, "--json", temp=temp)
+
+
+def told(ended: Ended, code: int, *words: str) -> dict[str, Any]:
+    """The error, said both ways: words for people, one object for programs."""
+    assert ended.code == code, ended.err
+    error = ended.json["error"]
+    assert isinstance(error, dict)
+    assert error["exit_code"] == code
+    assert set(error) <= {"code", "message", "exit_code", "hint", "device", "field"}
+    for word in words:
+        assert word in ended.err
+    assert "Traceback" not in ended.err
+    lines = ended.err.strip().splitlines()
+    assert lines[-1].startswith("edgellm: ")
+    assert error["message"] in lines[-1]
+    return error
+
+
 def wait_for(what: Callable[[], object], within_s: float = 20.0) -> None:
     """Wait until something holds."""
     end = time.monotonic() + within_s

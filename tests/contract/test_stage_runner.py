@@ -14,7 +14,7 @@ import pytest
 
 from edgellm.engine.base import Float32
 from edgellm.errors import EdgeError, StageError
-from edgellm.types import Mode
+from edgellm.types import Mode, SamplerSettings
 from edgellm.wire.messages import Row
 from tests.stages import (
     GREEDY,
@@ -127,6 +127,29 @@ def test_interleaved_sequences_give_the_tokens_they_give_alone(kind: str, model_
                 made[sequence].append(token)
         for sequence, tokens in alone.items():
             assert made[sequence][:count] == tokens
+
+
+@pytest.mark.parametrize("known", [0, 1, 7, 11])
+def test_a_replay_samples_what_was_sampled(known: int, model_dir: Path) -> None:
+    """Reopened with the journal so far, chunks and single tokens as before: the same tokens go on,
+    although penalties look at the history and the temperature is high."""
+    sampler = SamplerSettings(temperature=1.5, seed=9, repeat_penalty=1.5, presence_penalty=1.0)
+    prompt = prompt_of("llama", 9)
+    count = 12
+
+    def run(stages: Stages, journal: list[int]) -> list[int]:
+        stages.open(1, prompt + journal, sampler)
+        made = [stages.step({1: prompt}).tokens[1]]
+        while len(made) < count:
+            made.append(stages.step({1: made[-1:]}).tokens[1])
+        stages.close(1)
+        return made
+
+    with open_stages("llama", two_stages("llama"), settings_of(), model_dir) as stages:
+        first = run(stages, [])
+        assert run(stages, first[:known]) == first
+        # negative control: another history, other penalties
+        assert run(stages, [token + 1 for token in first]) != first
 
 
 # --- what is refused, and what is harmless --------------------------------------------

@@ -192,7 +192,9 @@ def test_figures_grow() -> None:
     assert isinstance(answer, StageStats)
     assert (answer.epoch, answer.index) == (EPOCH, 2)
     assert (answer.stats["steps"], answer.stats["tokens"]) == (2, 4)
-    assert 0 < answer.stats["native_s"] <= answer.stats["busy_s"]
+    assert answer.stats["prefill_s"] > 0
+    assert answer.stats["decode_s"] > 0
+    assert answer.stats["prefill_s"] + answer.stats["decode_s"] <= answer.stats["busy_s"]
     assert answer.stats["peak_bytes"] > 1 << 20
 
 
@@ -265,6 +267,17 @@ def test_a_bad_row_ends_its_own_sequence_and_no_other() -> None:
     report, answer = ask(server, Step(EPOCH, rows, encode_tokens([1, 5, 6, 7])))
     assert "position 9 arrived" in error_of([report], 1).message
     assert [result.sequence for result in tokens_of([answer]).results] == [2]
+
+
+def test_two_rows_of_one_sequence_break_the_rules() -> None:
+    """After a first row the second may fail, which would end the sequence under the first."""
+    server = engines()
+    start(server)
+    ask(server, opened(1))
+    for second in (Row(1, 9, 1, True), Row(1, 3, 1, True)):
+        both = Step(EPOCH, (Row(1, 0, 3, True), second), encode_tokens([5, 6, 7, 8]))
+        assert "two rows of one sequence" in error_of(ask(server, both)).message
+    tokens_of(ask(server, step(1, 0, PROMPT)))
 
 
 def test_a_decode_that_fails_ends_the_sequences_of_that_call() -> None:
