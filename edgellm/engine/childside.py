@@ -14,8 +14,10 @@ import importlib
 import importlib.util
 import os
 import resource
+import select
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
@@ -62,6 +64,16 @@ class Channel:
     def read(self, n: int = 1 << 18) -> bytes:
         """Wait for at least one byte, return at most ``n``; ``b""`` when the parent is gone."""
         return os.read(self._read, n)
+
+    def poll(self, seconds: float) -> None:
+        """Wait actively for input, at most so long, letting everyone else on the processor run
+        first. A process that sleeps for the few milliseconds until its turn wakes up on a
+        processor that has meanwhile slowed down or served others."""
+        if not hasattr(os, "sched_yield"):
+            return
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end and not select.select([self._read], [], [], 0)[0]:
+            os.sched_yield()
 
     def read_exactly(self, n: int) -> bytes:
         """Wait for ``n`` bytes. Raises EOFError when the parent is gone before."""

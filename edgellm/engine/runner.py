@@ -78,6 +78,10 @@ class StageRunner:
     def engine(self) -> StageEngine:
         return self._engine
 
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences)
+
     def open(
         self, sequence: int, sampler: SamplerSettings, prompt: Sequence[int], logits: bool
     ) -> None:

@@ -47,6 +47,17 @@ class StageServer:
         self._epoch = 0
         self._index = 0
 
+    @property
+    def expects_work(self) -> bool:
+        """Whether the next step is due in a moment and the processor is ours to wait on: there is
+        a sequence, and the device has set processors apart for its stages."""
+        return (
+            self._runner is not None
+            and self._config is not None
+            and bool(self._config.settings.pin)
+            and self._runner.open_sequences > 0
+        )
+
     def handle(self, message: Message) -> Iterator[Message]:
         """Carry out one message. Never raises EdgeError: failures are yielded as reports."""
         sequence = getattr(message, "sequence", -1)

@@ -48,6 +48,9 @@ def _stub_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
     return StubSampler()
 
 
+POLL_S = 0.05
+"""Longest active wait for the next step of a sequence: a token's round through slow stages."""
+
 ENGINES: EngineTable = {"llama": (_llama, _llama_sampler), "stub": (_stub, _stub_sampler)}
 
 
@@ -58,7 +61,12 @@ def main() -> None:
     decoder = FrameDecoder(DEFAULT_PAYLOAD_LIMITS)
     # The node has checked sizes against the plan; what comes through this pipe is its word.
     decoder.set_payload_limit(kind_of(Hidden), MAX_PAYLOAD_BYTES)
-    while data := channel.read():
+    while True:
+        if server.expects_work:
+            channel.poll(POLL_S)
+        data = channel.read()
+        if not data:
+            return
         for frame in decoder.feed(data):
             message = decode(frame, LOCAL_KINDS)
             for answer in server.handle(message):
