@@ -51,6 +51,7 @@ Prompt: TypeAlias = str | Messages | Sequence[int]
 """Text, chat messages, or token ids."""
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_CHUNK = 128
 COORDINATOR_NAME = "coordinator"
 
 
@@ -69,7 +70,8 @@ class LoadOptions:
     context: int | None = None
     """KV cells of a sequence; None: what the model was trained for, 2048 at most."""
     sequences: int = 1
-    chunk: int = 64
+    chunk: int | None = None
+    """Tokens of a prompt that are computed in one call; None: by its length, 128 at most."""
     kv_type: str = "f16"
     threads: int = 0
     """Of each stage; 0: what each device says."""
@@ -82,7 +84,8 @@ class LoadOptions:
         return EngineSettings(
             context=self.context or min(context_train, DEFAULT_CONTEXT),
             sequences=self.sequences,
-            chunk=self.chunk,
+            chunk=self.chunk or DEFAULT_CHUNK,
+            prompt_chunk=self.chunk or 0,
             kv_type=self.kv_type,
             mode=mode,
             activations=self.activations or usual,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgellm.runtime.pipeline import Pipeline
+from edgellm.scheduler.generation import prompt_chunk
 from edgellm.types import Plan
 
 
@@ -50,6 +51,13 @@ class Figures:
     after: Snapshot
 
     @property
+    def prompt_chunk(self) -> int:
+        """Tokens in each chunk of the prompt: with the plan's settings, what a run of the whole
+        model must repeat to be compared."""
+        settings = self.plan.settings
+        return prompt_chunk(self.prompt_tokens, settings.chunk, settings.prompt_chunk)
+
+    @property
     def ttft_s(self) -> float | None:
         """Time to first token."""
         return self.token_times[0] if self.token_times else None
@@ -73,6 +81,7 @@ class Figures:
             "ttft_s": _rounded(self.ttft_s),
             "tpot_s": _rounded(self.tpot_s),
             "prompt_tokens": self.prompt_tokens,
+            "prompt_chunk": self.prompt_chunk,
             "completion_tokens": len(self.token_times),
             "stages": [
                 {

@@ -78,8 +78,10 @@ class EngineSettings:
     """KV cells per sequence, tokens."""
     sequences: int = 1
     """Sequences that may be resident at once."""
-    chunk: int = 64
+    chunk: int = 128
     """Largest number of tokens in one decode call (llama.cpp's n_batch and n_ubatch)."""
+    prompt_chunk: int = 0
+    """Tokens in each chunk of a prompt; 0 lets the prompt's length decide."""
     kv_type: str = "f16"
     mode: Mode = Mode.NORMAL
     activations: Activations = Activations.FLOAT16
@@ -99,6 +101,7 @@ class EngineSettings:
             ("context", 8, 1 << 24),
             ("sequences", 1, 256),
             ("chunk", 1, 4096),
+            ("prompt_chunk", 0, self.chunk),
             ("threads", 0, 512),
         ):
             value = getattr(self, name)

@@ -115,7 +115,7 @@ class Bench:
     opened: OpenedModel
     stages: int = 2
     pairs: int = 7
-    chunk: int = 64
+    chunk: int | None = None
     cases: tuple[Case, ...] = CASES
 
 

@@ -16,7 +16,7 @@ def bench(
     model: o.Model = None,
     devices: o.BenchDevices = 2,
     pairs: o.Pairs = 7,
-    chunk: o.Chunk = 64,
+    chunk: o.Chunk = None,
     only: o.Only = None,
     as_json: o.Json = False,
 ) -> None:

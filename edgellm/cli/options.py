@@ -56,7 +56,10 @@ Threads = Annotated[int, _option("--threads", "Threads of each stage; 0: all a d
 Context = Annotated[
     int | None, _option("--ctx", "Tokens of context; default: the model's, 2048 at most.", min=8)
 ]
-Chunk = Annotated[int, _option("--chunk", "Tokens of a prompt that are computed in one call.")]
+Chunk = Annotated[
+    int | None,
+    _option("--chunk", "Tokens of a prompt computed in one call; default: by its length.", min=1),
+]
 KvType = Annotated[str, _option("--kv-type", "KV cache type: f16, q8_0, q4_0, ...")]
 Json = Annotated[bool, _option("--json", "One JSON object on standard output.")]
 Peers = Annotated[

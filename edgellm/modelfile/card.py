@@ -20,7 +20,7 @@ from edgellm.modelfile.recipe import EMBEDDING, HEAD, outer_tensors
 from edgellm.modelfile.states import recurrent_state_bytes
 from edgellm.types import EngineSettings, LayerSpan, Mode
 
-BASE_BYTES = 56 << 20
+BASE_BYTES = 52 << 20
 """Python, its libraries, llama.cpp's own and message buffers, in a stage process without a model:
 50 MiB measured on x86-64 Linux, and a little room."""
 
@@ -28,8 +28,6 @@ _ROWS_ALIVE = 7
 """Rows of the model's width that are alive for each token of a chunk outside llama.cpp's compute
 buffer (received, in the batch, copied out, being sent, quantised for the kernels): 57 KiB a token
 measured at n_embd 2048."""
-_FAULT_AROUND = 1 << 16
-"""Bytes that become resident when one row of the mapped embedding is touched."""
 
 _MAX_COUNT = 1 << 24
 _CELL_STEP = 256
@@ -179,9 +177,6 @@ class ModelCard:
             weights += self.inner_bytes
         if span.end == self.n_layers:
             largest = max(largest, self.largest_outer)
-        elif span.first == 0:
-            touched = settings.context * settings.sequences * _FAULT_AROUND
-            weights += min(self.embedding_bytes, touched)
         return MemoryEstimate(
             weights=weights,
             kv=self.kv_bytes(span, settings),

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from edgellm.errors import DeadlineError, EdgeError, StageError, UsageError
 from edgellm.runtime.session import Session
-from edgellm.scheduler.generation import Effect, Emit, Finish, Generation, SendStep
+from edgellm.scheduler.generation import (
+    Effect,
+    Emit,
+    Finish,
+    Generation,
+    SendStep,
+    prompt_chunk,
+)
 from edgellm.types import FinishReason, Plan, SamplerSettings
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
@@ -75,7 +82,7 @@ class Running:
         self.generation = Generation(
             request.prompt,
             max_tokens=request.max_tokens,
-            chunk=settings.chunk,
+            chunk=prompt_chunk(len(request.prompt), settings.chunk, settings.prompt_chunk),
             # One chunk computing in each stage and one waiting for the first.
             window=len(pipeline.plan.stages) + 1,
             context=settings.context,

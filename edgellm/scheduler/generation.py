@@ -51,6 +51,26 @@ class Phase(enum.Enum):
     DONE = "done"
 
 
+SMALLEST_CHUNK = 64
+"""Below this a matrix product loses more than a shorter pipeline gains."""
+_CHUNKS_OF_A_LONG_PROMPT = 16
+_CHUNK_STEP = 32
+
+
+def prompt_chunk(length: int, most: int, told: int = 0) -> int:
+    """Tokens a chunk for a prompt of ``length``: as ``told``, else by the length alone.
+
+    The first stage's first chunk is time in which the others have nothing to do, so a short prompt
+    goes in small chunks; a long one in larger ones, which compute faster (64 tokens a call cost 8 %
+    more than 512 at TinyLlama's shape, 128 cost 2 %). Neither the split nor the machine counts: the
+    chunks decide the bits of an answer, and every split of a model shall give the same.
+    """
+    if told:
+        return min(told, most)
+    even = round(length / _CHUNKS_OF_A_LONG_PROMPT / _CHUNK_STEP) * _CHUNK_STEP
+    return min(most, max(SMALLEST_CHUNK, even))
+
+
 def chunk_spans(length: int, chunk: int) -> list[tuple[int, int]]:
     """(position, count) of the chunks of a prompt. A function of the two numbers only, since the
     chunks decide the bits of the answer in reference mode."""

@@ -37,6 +37,7 @@ _ENGINE: Mapping[str, Callable[[Any], Any]] = {
     "context": _INT,
     "sequences": _INT,
     "chunk": _INT,
+    "prompt_chunk": _INT,
     "kv_type": _STR,
     "mode": Mode,
     "activations": Activations,

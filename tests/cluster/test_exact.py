@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgellm.client import Completion, GenerateOptions, LoadedModel, LoadOptions
+from edgellm.client import DEFAULT_CHUNK, Completion, GenerateOptions, LoadedModel, LoadOptions
 from edgellm.types import SamplerSettings
 from tests.cluster.conftest import StartCluster
 from tests.reference import WholeModel
@@ -85,7 +85,7 @@ async def test_reference_mode_is_bit_identical_to_the_whole_model(
 ) -> None:
     path = shared_models / file
     options = LoadOptions(stages=split(stages, layers), exact=True, context=CONTEXT)
-    whole = Whole(path, options.chunk)
+    whole = Whole(path, DEFAULT_CHUNK)
     async with start_cluster(stages) as (cluster, _), cluster.load(str(path), options) as model:
         for number, text in enumerate(PROMPTS):
             prompt = await model.prompt_tokens(text, raw=True)
@@ -122,7 +122,7 @@ async def test_normal_mode_gives_the_same_tokens_for_nine_of_ten_prompts(
 ) -> None:
     path = shared_models / STORIES
     options = LoadOptions(stages=split(2, 5), context=CONTEXT)
-    whole = Whole(path, options.chunk)
+    whole = Whole(path, DEFAULT_CHUNK)
     differing = []
     bits_differ = False
     async with start_cluster(2) as (cluster, _), cluster.load(str(path), options) as model:
@@ -132,9 +132,8 @@ async def test_normal_mode_gives_the_same_tokens_for_nine_of_ten_prompts(
             answer = await greedy(model, prompt)
             bits_differ |= not np.array_equal(np.stack(answer.logits), logits)
             if list(answer.tokens) != tokens:
-                at = next(
-                    i for i, pair in enumerate(zip(answer.tokens, tokens)) if pair[0] != pair[1]
-                )
+                pairs = enumerate(zip(answer.tokens, tokens, strict=True))
+                at = next(index for index, (ours, theirs) in pairs if ours != theirs)
                 best = np.sort(logits[at])[-2:]
                 differing.append(
                     f"{text!r}: from token {at}, best two {best[1] - best[0]:.2e} apart"

@@ -12,6 +12,7 @@ from edgellm.scheduler.generation import (
     Phase,
     SendStep,
     chunk_spans,
+    prompt_chunk,
 )
 from edgellm.types import FinishReason
 
@@ -146,3 +147,16 @@ def test_misuse_is_refused() -> None:
     one.begin()
     with pytest.raises(LocalProtocolError):
         one.begin()
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(1, 64), (512, 64), (1024, 64), (1536, 96), (2040, 128), (100_000, 128)]
+)
+def test_the_chunk_of_a_prompt_depends_on_its_length_alone(length: int, chunk: int) -> None:
+    assert prompt_chunk(length, most=128) == chunk
+
+
+def test_a_chunk_that_was_told_is_kept_within_the_engine_s_limit() -> None:
+    assert prompt_chunk(2040, most=128, told=32) == 32
+    assert prompt_chunk(2040, most=128, told=500) == 128
+    assert prompt_chunk(2040, most=16) == 16
