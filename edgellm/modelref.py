@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from edgellm.engine.text import TextService, VocabularyInfo
@@ -17,6 +18,7 @@ from edgellm.modelfile import read_card
 from edgellm.planner import ModelCard, StageMemory
 from edgellm.types import EngineSettings, LayerSpan
 
+DEMO_FILE = "edgellm-demo.gguf"
 STUB_PREFIX = "stub:"
 STUB_WIDTH = 8
 STUB_VOCABULARY = 256
@@ -59,6 +61,15 @@ class OpenedModel:
         if self.engine == "stub":
             return ByteText()
         return await TextService.start(self.path)
+
+
+def demo_model() -> str:
+    """The path of the bundled model. Raises UsageError where it was not installed."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "models", package.parent / "models"):
+        if (folder / DEMO_FILE).is_file():
+            return str(folder / DEMO_FILE)
+    raise UsageError("no model was named.", hint="Name a GGUF file with --model.")
 
 
 def open_reference(model: str) -> OpenedModel:

@@ -22,7 +22,7 @@ from edgellm.client import (
 )
 from edgellm.errors import UsageError
 from edgellm.localcluster import local_cluster, local_devices
-from edgellm.modelref import OpenedModel, open_reference
+from edgellm.modelref import OpenedModel, demo_model, open_reference
 from edgellm.planner import DeviceOffer
 from edgellm.settings import NodeSettings, default_home
 from edgellm.types import Activations, DeviceId, Plan, SamplerSettings
@@ -71,7 +71,11 @@ def ask_from(
 ) -> Ask:
     """Raises UsageError for what typer cannot check."""
     if model is None:
-        raise UsageError("no model was named.", hint="Name a GGUF file with --model.")
+        model = demo_model()
+        tell(
+            "This is the small demo model: it knows a few hundred sentences. For a real one, get"
+            " a GGUF file (huggingface.co has thousands) and name it with --model."
+        )
     if prompt is None:
         raise UsageError("there is no prompt.", hint="Give one with --prompt.")
     kinds = [kind.value for kind in Activations]

@@ -23,7 +23,9 @@ def _option(flag: str, text: str, **more: Any) -> Any:
     return typer.Option(flag, help=text, envvar=twin, **more)
 
 
-Model = Annotated[str | None, _option("--model", "A GGUF file (any part of a split one).")]
+Model = Annotated[
+    str | None, _option("--model", "A GGUF file (any part of a split one); default: a demo.")
+]
 Prompt = Annotated[str | None, _option("--prompt", "What to say to the model.")]
 MaxTokens = Annotated[int, _option("--max-tokens", "Most tokens to make.", min=1)]
 Temperature = Annotated[float, _option("--temperature", "0 is greedy.")]

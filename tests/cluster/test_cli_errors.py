@@ -31,7 +31,6 @@ def tiny(model_dir: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--prompt", "x"), "no model was named"),
         (("--model", "stub:6"), "there is no prompt"),
         (("--model", "no/such/file.gguf", "--prompt", "x"), "no/such/file.gguf"),
         (("--model", "stub:many", "--prompt", "x"), "stub:LAYERS"),
