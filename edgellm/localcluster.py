@@ -13,7 +13,7 @@ import os
 import string
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,26 @@ def local_devices(
         )
         for index in range(count)
     ]
+
+
+@contextlib.contextmanager
+def aside(devices: Sequence[LocalDevice]) -> Iterator[None]:
+    """Keep this process, and what it starts, off the processors that stages have for themselves.
+
+    Otherwise the work between two tokens lands where a stage computes, because the stages that wait
+    actively make their processors look busy. With no processor to spare it shares the last
+    stage's: while that computes, nothing else has anything to do.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    spare = allowed - {number for device in devices for number in device.pin}
+    try:
+        os.sched_setaffinity(0, spare or set(devices[-1].pin) & allowed or allowed)
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @contextlib.asynccontextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import psutil
 
 from edgellm.client import Cluster, Completion, GenerateOptions, LoadedModel, LoadOptions
 from edgellm.engine.childcall import ChildCaller
-from edgellm.localcluster import local_cluster, local_devices, own_node
+from edgellm.localcluster import LocalDevice, aside, local_cluster, local_devices, own_node
 from edgellm.modelref import OpenedModel
 from edgellm.types import SamplerSettings
 
@@ -151,29 +151,37 @@ async def measure(bench: Bench, tell: Tell) -> Report:
             chunk=WHOLE_CHUNK,
             pin=cores[:1],
         )
-        mine, *others = local_devices(
+        devices = local_devices(
             bench.stages,
             memory_bytes=psutil.virtual_memory().available,
             cores=len(cores),
             threads=1,
         )
-        options = LoadOptions(use_all=True, context=context, chunk=bench.chunk, threads=1)
-        async with (
-            own_node(mine) as local,
-            local_cluster(others) as nodes,
-            Cluster.connect([node.address for node in nodes], local=local) as cluster,
-            cluster.load(bench.opened, options) as model,
-        ):
-            results = [
-                await _measure_case(case, bench.pairs, whole, model, tell) for case in bench.cases
-            ]
-            stats = await model.pipeline.stats()
-            memory = tuple(
-                (stage.device, stage.memory_bytes, int(figures["peak_bytes"]))
-                for stage, figures in zip(model.plan.stages, stats, strict=True)
-            )
+        with aside(devices):
+            return await _measure_over(bench, devices, context, whole, tell)
     finally:
         await whole.stop()
+
+
+async def _measure_over(
+    bench: Bench, devices: Sequence[LocalDevice], context: int, whole: ChildCaller, tell: Tell
+) -> Report:
+    """The first device is a node of this process, as when somebody chats; the others are not."""
+    options = LoadOptions(use_all=True, context=context, chunk=bench.chunk, threads=1)
+    async with (
+        own_node(devices[0]) as local,
+        local_cluster(devices[1:]) as nodes,
+        Cluster.connect([node.address for node in nodes], local=local) as cluster,
+        cluster.load(bench.opened, options) as model,
+    ):
+        results = [
+            await _measure_case(case, bench.pairs, whole, model, tell) for case in bench.cases
+        ]
+        stats = await model.pipeline.stats()
+        memory = tuple(
+            (stage.device, stage.memory_bytes, int(figures["peak_bytes"]))
+            for stage, figures in zip(model.plan.stages, stats, strict=True)
+        )
     return Report(tuple(results), memory)
 
 

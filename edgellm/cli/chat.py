@@ -21,7 +21,7 @@ from edgellm.client import (
     plan_over,
 )
 from edgellm.errors import UsageError
-from edgellm.localcluster import local_cluster, local_devices
+from edgellm.localcluster import aside, local_cluster, local_devices
 from edgellm.modelref import OpenedModel, demo_model, open_reference
 from edgellm.planner import DeviceOffer
 from edgellm.settings import NodeSettings, default_home
@@ -213,12 +213,13 @@ def demo(
         expected = [DeviceOffer(d.name, DeviceId(d.name), d.memory_bytes) for d in local]
         plan_over(opened, expected, load)
         tell(f"Starting {devices} devices on this machine ...")
-        async with (
-            local_cluster(local) as nodes,
-            Cluster.connect([node.address for node in nodes]) as cluster,
-        ):
-            plan = plan_over(opened, cluster.offers(), load)
-            await _answer(cluster, opened, plan, replace(ask, load=load))
+        with aside(local):
+            async with (
+                local_cluster(local) as nodes,
+                Cluster.connect([node.address for node in nodes]) as cluster,
+            ):
+                plan = plan_over(opened, cluster.offers(), load)
+                await _answer(cluster, opened, plan, replace(ask, load=load))
 
     run(work, as_json)
 

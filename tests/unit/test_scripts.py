@@ -333,10 +333,9 @@ def test_ci_checks_and_tests_and_fails_if_either_does(
 def test_demo_has_defaults_that_arguments_override(ready_machine: Machine) -> None:
     assert ready_machine.run("scripts/demo").returncode == 0
     assert ready_machine.run("scripts/demo", "--devices", "2", "--prompt", "Hi").returncode == 0
-    bundled = f"{ready_machine.root}/models/edgellm-demo.gguf"
     assert ready_machine.calls("run") == [
-        f"run edgellm demo --devices 3 --model {bundled} --prompt What is edgellm?",
-        f"run edgellm demo --devices 3 --model {bundled} --devices 2 --prompt Hi",
+        "run edgellm demo --devices 3 --prompt What is edgellm?",
+        "run edgellm demo --devices 3 --devices 2 --prompt Hi",
     ]
 
 
