@@ -4,7 +4,7 @@
 
     async with Cluster.connect(peers=["192.168.1.7:7171"]) as cluster:
         async with cluster.load("tinyllama.gguf") as model:
-            async for piece in model.stream("Once upon a time", raw=True):
+            async for piece in model.stream("Once upon a time"):
                 print(piece.text, end="")
 
 Errors are ``EdgeError``s, each with an ``exit_code`` and words that a person can act on.
@@ -16,15 +16,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
+from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
 from edgellm.engine.text import VocabularyInfo
 from edgellm.engine.textstream import IncrementalDecoder, StopMatcher
-from edgellm.errors import UsageError
+from edgellm.errors import DeadlineError, EdgeError, NoPlanError, UsageError
 from edgellm.figures import Figures, Snapshot
 from edgellm.modelref import OpenedModel, Text, open_reference
 from edgellm.node import SOFTWARE, Node
@@ -33,140 +31,35 @@ from edgellm.runtime.coordinator import Coordinator, ModelSource, Peer, Progress
 from edgellm.runtime.pipeline import MadeToken, Pipeline, Request, Running
 from edgellm.runtime.session import Introduction
 from edgellm.settings import NodeSettings
+from edgellm.store.home import HomeBusyError
 from edgellm.transport.base import Transport
 from edgellm.transport.tcp import TcpTransport
 from edgellm.types import (
-    Activations,
     DeviceId,
-    EngineSettings,
     FinishReason,
-    Mode,
     Plan,
-    SamplerSettings,
 )
+
+__all__ = [
+    "Answer",
+    "Cluster",
+    "Completion",
+    "GenerateOptions",
+    "LoadOptions",
+    "LoadedModel",
+    "Messages",
+    "Piece",
+    "Prompt",
+    "parse_address",
+    "plan_over",
+]
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
 """Chat messages, each with ``role`` and ``content``."""
 Prompt: TypeAlias = str | Messages | Sequence[int]
 """Text, chat messages, or token ids."""
 
-DEFAULT_CONTEXT = 2048
-DEFAULT_CHUNK = 128
 COORDINATOR_NAME = "coordinator"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How a model is to be loaded."""
-
-    stages: str | None = None
-    """A forced split such as ``a:0-3,b:3-5``; None lets the planner decide."""
-    use_all: bool = False
-    """Give every device a stage, as far as the model can be cut."""
-    exact: bool = False
-    """Reference mode: bit-equal to the whole model."""
-    activations: Activations | None = None
-    """None: float32 in reference mode, else float16."""
-    context: int | None = None
-    """KV cells of a sequence; None: what the model was trained for, 2048 at most."""
-    sequences: int = 1
-    chunk: int | None = None
-    """Tokens of a prompt that are computed in one call; None: by its length, 128 at most."""
-    kv_type: str = "f16"
-    threads: int = 0
-    """Of each stage; 0: what each device says."""
-
-    def settings(self, context_train: int) -> EngineSettings:
-        mode = Mode.REFERENCE if self.exact else Mode.NORMAL
-        usual = Activations.FLOAT32 if self.exact else Activations.FLOAT16
-        if self.exact and self.activations is Activations.FLOAT16:
-            raise UsageError("--exact needs float32 activations.", hint="Leave --activations out.")
-        return EngineSettings(
-            context=self.context or min(context_train, DEFAULT_CONTEXT),
-            sequences=self.sequences,
-            chunk=self.chunk or DEFAULT_CHUNK,
-            prompt_chunk=self.chunk or 0,
-            kv_type=self.kv_type,
-            mode=mode,
-            activations=self.activations or usual,
-            threads=self.threads,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """How one answer is to be made."""
-
-    max_tokens: int = 256
-    sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    stop: tuple[str, ...] = ()
-    raw: bool = False
-    """The prompt is continued as it is, without the model's chat template."""
-    ignore_eos: bool = False
-    """Go on past the model's own end of text."""
-    deadline_s: float = 600.0
-    logits: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token added: ``text`` may be empty while a character is incomplete."""
-
-    text: str
-    made: MadeToken | None
-    """None for the last piece, which only flushes held-back text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: FinishReason
-    plan: Plan
-    figures: Figures
-    load_s: float
-    logits: tuple[NDArray[np.float32], ...] = ()
-    """float32 [vocabulary] a token, where they were asked for."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``chat --json`` prints."""
-        return {
-            "text": self.text,
-            "tokens": list(self.tokens),
-            "finish_reason": self.finish_reason.value,
-            "mode": self.plan.settings.mode.value,
-            "plan": plan_to_dict(self.plan),
-            "timings": {"load_s": round(self.load_s, 4), **self.figures.timings()},
-            "wire": self.figures.wire(),
-        }
-
-
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain data; ``layers`` are [first, end)."""
-    settings = plan.settings
-    return {
-        "stages": [
-            {
-                "device": stage.device,
-                "device_id": stage.device_id,
-                "layers": [stage.span.first, stage.span.end],
-                "memory_bytes": stage.memory_bytes,
-            }
-            for stage in plan.stages
-        ],
-        "layers": plan.layers,
-        "settings": {
-            "context": settings.context,
-            "chunk": settings.chunk,
-            "kv_type": settings.kv_type,
-            "activations": settings.activations.value,
-            "flash_attention": settings.flash_attention,
-            "swa_full": settings.swa_full,
-        },
-        "why": plan.why,
-    }
 
 
 def plan_over(opened: OpenedModel, offers: Sequence[DeviceOffer], options: LoadOptions) -> Plan:
@@ -267,10 +160,16 @@ class Answer:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
-        pipeline = self._model.pipeline
-        request = await self._model.request(self._prompt, self._options)
-        before = await Snapshot.take(pipeline)
-        started = asyncio.get_running_loop().time()
+        pipeline, clock = self._model.pipeline, asyncio.get_running_loop().time
+        due = clock() + self._options.deadline_s
+        try:
+            async with asyncio.timeout_at(due):
+                request = await self._model.request(self._prompt, self._options)
+                before = await Snapshot.take(pipeline)
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed before the request began.") from error
+        started = clock()
+        request = replace(request, deadline_s=max(due - started, 0.001))
         async with pipeline.run(request) as running:
             async for piece in self._read(running):
                 self._texts.append(piece.text)
@@ -284,7 +183,7 @@ class Answer:
             prompt_tokens=len(request.prompt),
             token_times=tuple(made.at - started for made in self._made),
             before=before,
-            after=await Snapshot.take(pipeline),
+            after=await _after(pipeline, before),
         )
 
     async def _read(self, running: Running) -> AsyncGenerator[Piece, None]:
@@ -312,6 +211,15 @@ class Answer:
             figures=self._figures,
             load_s=self._model.load_s,
         )
+
+
+async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:
+    """The counters now. A device that is lost after the answer does not take the answer away:
+    its figures are then as if nothing had been counted."""
+    try:
+        return await Snapshot.take(pipeline)
+    except EdgeError:
+        return before
 
 
 class Cluster:
@@ -342,8 +250,16 @@ class Cluster:
         coordinator = Coordinator(transport, Introduction(name, device_id, SOFTWARE))
         try:
             if own is not None:
-                await own.start()
-                await coordinator.connect(*own.address, via=own.direct())
+                try:
+                    await own.start()
+                except HomeBusyError as busy:
+                    # This device's node is running already, from another command: it is the one.
+                    if not busy.address:
+                        raise
+                    own = None
+                    await coordinator.connect(*parse_address(busy.address))
+                else:
+                    await coordinator.connect(*own.address, via=own.direct())
             for host, port in addresses:
                 await coordinator.connect(host, port)
             yield cls(coordinator)
@@ -356,9 +272,14 @@ class Cluster:
         """Connected devices, in the order they were connected."""
         return list(self._coordinator.peers.values())
 
-    def offers(self) -> list[DeviceOffer]:
-        """What the devices offer to a plan."""
-        infos = [peer.info for peer in self.devices()]
+    def offers(self, engine: str) -> list[DeviceOffer]:
+        """What the devices that have ``engine`` offer to a plan. Raises NoPlanError without any."""
+        infos = [peer.info for peer in self.devices() if engine in peer.info.engines]
+        if not infos:
+            raise NoPlanError(
+                f"no connected device has the engine {engine!r}.",
+                hint="Install it on at least one: pip install 'edgellm[llama]'.",
+            )
         return [DeviceOffer(i.name, DeviceId(i.device_id), i.memory_free) for i in infos]
 
     @contextlib.asynccontextmanager
@@ -372,21 +293,26 @@ class Cluster:
     ) -> AsyncIterator[LoadedModel]:
         """Plan (unless given a plan), load, and free it again on leaving."""
         started = time.perf_counter()
-        opened = open_reference(model) if isinstance(model, str) else model
-        plan = plan or plan_over(opened, self.offers(), options or LoadOptions())
+        if isinstance(model, str):
+            opened = await asyncio.to_thread(open_reference, model)
+        else:
+            opened = model
+        plan = plan or plan_over(opened, self.offers(opened.engine), options or LoadOptions())
         source = ModelSource(opened.engine, opened.path, opened.digest, opened.width, opened.vocab)
         text = await opened.text()
+        pieces = asyncio.create_task(text.preload())
         try:
             vocabulary = await text.info()
-            pipeline, _ = await asyncio.gather(
-                self._coordinator.load(plan, source, progress), text.preload()
-            )
+            pipeline = await self._coordinator.load(plan, source, progress)
             try:
+                await pieces
                 load_s = time.perf_counter() - started
                 yield LoadedModel(opened, pipeline, text, vocabulary, load_s)
             finally:
                 self._coordinator.unload(pipeline)
         finally:
+            pieces.cancel()
+            await asyncio.gather(pieces, return_exceptions=True)
             await text.stop()
 
 

@@ -47,23 +47,35 @@ class LocalNode:
     process: asyncio.subprocess.Process
 
 
-def local_devices(
-    count: int, *, memory_bytes: int, cores: int, threads: int = 0, pin: bool = True
-) -> list[LocalDevice]:
-    """Names a, b, c, ... that share this machine fairly: memory, and cores where they suffice.
+def our_processors() -> tuple[int, ...]:
+    """The processors that this process may use, in order."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
-    ``memory_bytes`` is for all of them together.
+
+def local_devices(
+    count: int,
+    *,
+    memory_bytes: int,
+    processors: Sequence[int],
+    threads: int = 0,
+    pin: bool = True,
+) -> list[LocalDevice]:
+    """Names a, b, c, ... that share this machine fairly: memory, and processors where they suffice.
+
+    ``memory_bytes`` is for all of them together. Pinning needs a system that can.
     """
     if not 1 <= count <= MAX_DEVICES:
         raise UsageError(f"{count} devices are not between 1 and {MAX_DEVICES}.")
-    each = threads or max(1, cores // count)
-    pinned = pin and each * count <= cores
+    each = threads or max(1, len(processors) // count)
+    pinned = pin and each * count <= len(processors) and hasattr(os, "sched_setaffinity")
     return [
         LocalDevice(
             name=string.ascii_lowercase[index],
             memory_bytes=memory_bytes // count,
             threads=each,
-            pin=tuple(range(index * each, (index + 1) * each)) if pinned else (),
+            pin=tuple(processors[index * each : (index + 1) * each]) if pinned else (),
         )
         for index in range(count)
     ]
@@ -134,12 +146,14 @@ async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
     ]  # fmt: skip
     if device.pin:
         command += ["--pin", ",".join(map(str, device.pin))]
+    # Twins of options are meant for the command that was typed, not for the nodes it starts.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGELLM_")}
     path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH", ""))))
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**inherited, "PYTHONPATH": path},
         start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
     )
 

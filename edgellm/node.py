@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.worker import Worker
 from edgellm.settings import NodeSettings
+from edgellm.store.home import HomeLock
 from edgellm.store.shards import ShardFolder
 from edgellm.transport.base import Listener, Stream, Transport
 from edgellm.transport.memory import MemoryNetwork
@@ -50,10 +51,10 @@ class Node:
         self._transport = transport or TcpTransport()
         self._start_host = start_host
         self._me = Introduction(settings.name, load_device_id(settings.home), SOFTWARE)
-        self._limits: dict[int, int] = {}
         self._sessions: set[Session] = set()
         self._worker: Worker | None = None
         self._listener: Listener | None = None
+        self._lock = HomeLock(settings.home)
         self._inside = MemoryNetwork()
         self._inside_listener: Listener | None = None
 
@@ -69,7 +70,9 @@ class Node:
         return self._listener.address
 
     async def start(self) -> None:
-        """Listen. Raises PeerLostError when the address cannot be used."""
+        """Listen. Raises PeerLostError when the address cannot be used, HomeBusyError when another
+        node has our home."""
+        self._lock.acquire()
         shards = ShardFolder(self.settings.home / "shards")
         shards.sweep()
         parts = StageParts(
@@ -86,6 +89,7 @@ class Node:
                 self.settings.listen, self.settings.port, self._accept
             )
             host, port = self._listener.address
+            self._lock.tell(format_address(host, port))
             inside = self._inside.transport("node")
             self._inside_listener = await inside.listen(host, port, self._accept)
         except BaseException:
@@ -105,13 +109,14 @@ class Node:
             await self._worker.close()
         for session in list(self._sessions):
             await session.close()
+        self._lock.release()
 
     def describe(self) -> DeviceInfo:
         """What this device offers now."""
         free = psutil.virtual_memory().available
-        limit = _cgroup_limit()
-        if limit:
-            free = min(free, limit)
+        within = _cgroup_free()
+        if within is not None:
+            free = min(free, within)
         offered = self.settings.memory_bytes or free
         engines = ["stub"]
         if importlib.util.find_spec("llama_cpp") is not None:
@@ -141,14 +146,18 @@ class Node:
 
     def _register(self, session: Session) -> None:
         self._sessions.add(session)
-        session.set_payload_limits(self._limits)
         session.on_close(lambda reason: self._sessions.discard(session))
+        if self._worker is not None:
+            session.allow_payloads(self._worker.payload_limits_of(session))
 
-    def _allow_payloads(self, limits: Mapping[int, int]) -> None:
-        for kind, limit in limits.items():
-            self._limits[kind] = max(limit, self._limits.get(kind, 0))
+    def _allow_payloads(self, allow: Callable[[Session], Mapping[int, int]]) -> None:
         for session in self._sessions:
-            session.set_payload_limits(self._limits)
+            session.allow_payloads(allow(session))
+
+
+def format_address(host: str, port: int) -> str:
+    """``HOST:PORT``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def load_device_id(home: Path) -> str:
@@ -172,8 +181,10 @@ def load_device_id(home: Path) -> str:
     return made
 
 
-def _cgroup_limit() -> int:
-    """Bytes that the control group allows (containers), 0 where it sets no limit."""
+def _cgroup_free() -> int | None:
+    """Bytes that the control group (a container) still allows, None where it sets no limit."""
+    folder = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        return int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-    return 0
+        most = int((folder / "memory.max").read_text(encoding="ascii"))
+        return max(0, most - int((folder / "memory.current").read_text(encoding="ascii")))
+    return None

@@ -18,9 +18,6 @@ DeviceId = NewType("DeviceId", str)
 Epoch = NewType("Epoch", int)
 """Number of a plan. A frame of another epoch than the current one is stale."""
 
-SequenceId = NewType("SequenceId", int)
-"""One request's row of tokens, in all stages of one epoch. Also its KV slot."""
-
 
 class Mode(enum.StrEnum):
     """The two tiers of the exactness contract."""

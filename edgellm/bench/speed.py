@@ -7,7 +7,6 @@ reported of a ratio is the median over the pairs.
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,9 +15,18 @@ from typing import Any
 
 import psutil
 
-from edgellm.client import Cluster, Completion, GenerateOptions, LoadedModel, LoadOptions
+from edgellm.answer import Completion, GenerateOptions, LoadOptions
+from edgellm.client import Cluster, LoadedModel
 from edgellm.engine.childcall import ChildCaller
-from edgellm.localcluster import LocalDevice, aside, local_cluster, local_devices, own_node
+from edgellm.localcluster import (
+    LocalDevice,
+    aside,
+    local_cluster,
+    local_devices,
+    our_processors,
+    own_node,
+)
+from edgellm.modelfile import read_card
 from edgellm.modelref import OpenedModel
 from edgellm.types import SamplerSettings
 
@@ -26,6 +34,9 @@ WHOLE_CHUNK = 512
 LOAD_WITHIN_S = 300.0
 RUN_WITHIN_S = 600.0
 DECODE_PROMPT = 32
+EVERYTHING_ELSE = 100 << 20
+"""Bytes that a stage process may take beside its shard, KV cache and compute buffer."""
+PREDICTED_WITHIN = 0.10
 Tell = Callable[[str], None]
 
 
@@ -45,11 +56,16 @@ class Case:
     def speedup(self) -> bool:
         return self.figure == "ttft_s"
 
+    @property
+    def cells(self) -> int:
+        """KV cells it needs: the last token made is not fed back."""
+        return self.prompt + self.count - 1
+
 
 CASES = (
     Case("decode", DECODE_PROMPT, 64, "tpot_s", 1.10),
     Case("prefill 512", 512, 1, "ttft_s", 1.40),
-    Case("prefill 2048", 2040, 1, "ttft_s", 1.70),
+    Case("prefill 2048", 2048, 1, "ttft_s", 1.70),
 )
 
 
@@ -120,25 +136,47 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of one stage process."""
+
+    device: str
+    predicted: int
+    """By the model card, before anything was loaded."""
+    peak: int
+    allowed: int
+    """Shard, KV cache and compute buffer, and 100 MiB for everything else."""
+
+    @property
+    def met(self) -> bool:
+        """Within what is allowed, and predicted to 10 %."""
+        return self.peak <= self.allowed and abs(self.predicted / self.peak - 1) <= PREDICTED_WITHIN
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "predicted_bytes": self.predicted,
+            "peak_bytes": self.peak,
+            "allowed_bytes": self.allowed,
+            "met": self.met,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     results: tuple[Result, ...]
-    memory: tuple[tuple[str, int, int], ...]
-    """(device, predicted, actual peak) bytes of each stage process."""
+    memory: tuple[StageMemory, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "results": [result.to_dict() for result in self.results],
-            "memory": [
-                {"device": name, "predicted_bytes": planned, "peak_bytes": peak}
-                for name, planned, peak in self.memory
-            ],
+            "memory": [stage.to_dict() for stage in self.memory],
         }
 
 
 async def measure(bench: Bench, tell: Tell) -> Report:
     """Run the whole bench; minutes at the default counts."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    context = max(case.prompt + case.count for case in bench.cases)
+    processors = our_processors()
+    context = max(case.cells for case in bench.cases)
     context += -context % 256
     whole = await ChildCaller.start("edgellm.bench.whole", name="the whole model")
     try:
@@ -149,12 +187,12 @@ async def measure(bench: Bench, tell: Tell) -> Report:
             context=context,
             threads=1,
             chunk=WHOLE_CHUNK,
-            pin=cores[:1],
+            pin=list(processors[:1]),
         )
         devices = local_devices(
             bench.stages,
             memory_bytes=psutil.virtual_memory().available,
-            cores=len(cores),
+            processors=processors,
             threads=1,
         )
         with aside(devices):
@@ -178,11 +216,16 @@ async def _measure_over(
             await _measure_case(case, bench.pairs, whole, model, tell) for case in bench.cases
         ]
         stats = await model.pipeline.stats()
-        memory = tuple(
-            (stage.device, stage.memory_bytes, int(figures["peak_bytes"]))
-            for stage, figures in zip(model.plan.stages, stats, strict=True)
-        )
-    return Report(tuple(results), memory)
+        card = read_card(bench.opened.path)
+        memory: list[StageMemory] = []
+        if not any(case.speedup for case in bench.cases):
+            return Report(tuple(results), ())  # the peak is that of a full prefill
+        for stage, figures in zip(model.plan.stages, stats, strict=True):
+            parts = card.stage_memory(stage.span, model.plan.settings)
+            allowed = parts.weights + parts.kv + parts.compute + EVERYTHING_ELSE
+            peak = int(figures["peak_bytes"])
+            memory.append(StageMemory(stage.device, stage.memory_bytes, peak, allowed))
+    return Report(tuple(results), tuple(memory))
 
 
 async def _measure_case(

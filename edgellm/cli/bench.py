@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgellm.bench.speed import CASES, Bench, Report, measure
+from edgellm.bench.speed import CASES, Bench, Report, StageMemory, measure
 from edgellm.bench.synthetic import cached_model
 from edgellm.cli import options as o
 from edgellm.cli.output import emit, run, say, tell
@@ -28,7 +28,15 @@ def bench(
             names = ", ".join(case.name for case in CASES)
             raise UsageError(f"there is nothing to measure named {only!r}.", hint=f"Try: {names}.")
         opened = open_reference(model or str(cached_model(tell)))
-        fitting = tuple(case for case in cases if case.prompt + case.count <= opened.context_train)
+        fitting = tuple(case for case in cases if case.cells <= opened.context_train)
+        if opened.engine != "llama" or not fitting:
+            raise UsageError(
+                f"{opened.name} cannot be measured: its context is {opened.context_train} tokens.",
+                hint="Name a GGUF with a longer one, or leave --model out.",
+            )
+        for case in cases:
+            if case not in fitting:
+                tell(f"{case.name} is left out: the model's context is too short for it.")
         plan = Bench(opened, stages=devices, pairs=pairs, chunk=chunk)
         report = await measure(replace(plan, cases=fitting), tell)
         if as_json:
@@ -66,9 +74,17 @@ def table(report: Report, stages: int) -> str:
     )
     returned = max(result.median("returned_bytes") for result in report.results)
     lines.append(f"Bytes that come back from the last stage for a token: {returned:.0f}.")
-    for device, planned, peak in report.memory:
-        lines.append(
-            f"Memory of the stage on {device}: predicted {planned / 2**20:.0f} MiB,"
-            f" peak {peak / 2**20:.0f} MiB ({planned / peak:.3f} x)."
-        )
+    lines += map(_memory_line, report.memory)
+    lines.append(
+        "The first device is a node of this process, as in `edgellm chat`; the others are"
+        " processes of their own, over TCP on loopback."
+    )
     return "\n".join(lines) + "\n"
+
+
+def _memory_line(stage: StageMemory) -> str:
+    return (
+        f"Memory of the stage on {stage.device}: predicted {stage.predicted / 2**20:.0f} MiB,"
+        f" peak {stage.peak / 2**20:.0f} MiB ({stage.predicted / stage.peak:.3f} x, of"
+        f" {stage.allowed / 2**20:.0f} MiB allowed): {'met' if stage.met else 'NOT MET'}"
+    )

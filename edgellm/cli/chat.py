@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from dataclasses import dataclass, replace
 
 import psutil
 
+from edgellm.answer import Completion, GenerateOptions, LoadOptions
 from edgellm.cli import options as o
 from edgellm.cli.output import emit, run, say, tell
-from edgellm.client import (
-    Cluster,
-    Completion,
-    GenerateOptions,
-    LoadedModel,
-    LoadOptions,
-    plan_over,
-)
+from edgellm.client import Cluster, LoadedModel, plan_over
 from edgellm.errors import UsageError
-from edgellm.localcluster import aside, local_cluster, local_devices
+from edgellm.localcluster import aside, local_cluster, local_devices, our_processors
 from edgellm.modelref import OpenedModel, demo_model, open_reference
 from edgellm.planner import DeviceOffer
 from edgellm.settings import NodeSettings, default_home
@@ -158,7 +151,7 @@ def chat(
             threads=threads,
         )
         async with Cluster.connect(peer or (), local=local) as cluster:
-            plan = plan_over(opened, cluster.offers(), ask.load)
+            plan = plan_over(opened, cluster.offers(opened.engine), ask.load)
             await _answer(cluster, opened, plan, ask)
 
     run(work, as_json)
@@ -203,7 +196,7 @@ def demo(
         local = local_devices(
             devices,
             memory_bytes=total or int(psutil.virtual_memory().available * DEMO_MEMORY_SHARE),
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
+            processors=our_processors(),
             threads=threads,
             pin=pin,
         )
@@ -218,7 +211,7 @@ def demo(
                 local_cluster(local) as nodes,
                 Cluster.connect([node.address for node in nodes]) as cluster,
             ):
-                plan = plan_over(opened, cluster.offers(), load)
+                plan = plan_over(opened, cluster.offers(opened.engine), load)
                 await _answer(cluster, opened, plan, replace(ask, load=load))
 
     run(work, as_json)

@@ -9,7 +9,7 @@ import sys
 
 from edgellm.cli import options as o
 from edgellm.cli.output import emit, run, tell
-from edgellm.node import Node
+from edgellm.node import Node, format_address
 from edgellm.settings import LOOPBACK, NodeSettings, default_home
 
 
@@ -41,10 +41,10 @@ def join(
         await node.start()
         try:
             host, bound = node.address
-            address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+            address = format_address(host, bound)
             if as_json:
                 emit({"name": node.settings.name, "id": node.device_id, "address": address})
-            tell(_greeting(node.settings.name, address, host))
+            tell(_greeting(node.settings.name, address))
             await _until_told(until_stdin_closes)
         finally:
             await node.close()
@@ -52,13 +52,8 @@ def join(
     run(work, as_json)
 
 
-def _greeting(name: str, address: str, host: str) -> str:
-    text = f"Device {name} is ready at {address}."
-    if host in (LOOPBACK, "::1"):
-        text += " It listens on this machine only."
-    else:
-        text += " There is no pairing yet: whoever reaches this address can use it."
-    return text
+def _greeting(name: str, address: str) -> str:
+    return f"Device {name} is ready at {address}. It listens on this machine only."
 
 
 async def _until_told(until_stdin_closes: bool) -> None:

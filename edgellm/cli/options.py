@@ -15,12 +15,13 @@ import typer
 from edgellm.errors import UsageError
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[kmgt]?(i?b)?)", re.IGNORECASE)
+MAX_SIZE = 1 << 50
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def _option(flag: str, text: str, **more: Any) -> Any:
     twin = "EDGELLM_" + flag.split("/", maxsplit=1)[0].removeprefix("--").replace("-", "_").upper()
-    return typer.Option(flag, help=text, envvar=twin, **more)
+    return typer.Option(flag, help=text, **{"envvar": twin, **more})
 
 
 Model = Annotated[
@@ -84,7 +85,12 @@ BenchDevices = Annotated[int, _option("--devices", "How many stages.", min=1, ma
 Pairs = Annotated[int, _option("--pairs", "Interleaved runs of each.", min=1)]
 Only = Annotated[str | None, _option("--only", "Measure only what begins like this.")]
 DemoPin = Annotated[
-    bool, _option("--pin/--no-pin", "Give each device processors of its own where they suffice.")
+    bool,
+    _option(
+        "--pin/--no-pin",
+        "Give each device processors of its own where they suffice.",
+        envvar="EDGELLM_DEMO_PIN",
+    ),
 ]
 Pin = Annotated[str | None, _option("--pin", "Processors for this device's stages, like 0,1.")]
 
@@ -96,7 +102,10 @@ def parse_size(text: str | None) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a size.", hint="Write it like 512MiB or 2GiB.")
-    return int(float(match["number"]) * _UNITS[match["unit"][:1].lower().replace("b", "")])
+    size = float(match["number"]) * _UNITS[match["unit"][:1].lower().replace("b", "")]
+    if not 1 <= size < MAX_SIZE:
+        raise UsageError(f"{text!r} is no sensible amount of memory.", hint="Write it like 2GiB.")
+    return int(size)
 
 
 def parse_processors(text: str | None) -> tuple[int, ...]:

@@ -54,10 +54,19 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _interruptible(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """SIGTERM ends a command as Ctrl-C does: in order, with nothing left behind."""
-    task = asyncio.current_task()
-    if task is not None and sys.platform != "win32":
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    """SIGTERM and a closed terminal end a command as Ctrl-C does: in order, with nothing left
+    behind. A second one does not disturb the first's tidying up."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    signals = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
+
+    def end() -> None:
+        for each in signals:
+            loop.add_signal_handler(each, lambda: None)
+        if task is not None:
+            task.cancel()
+
+    for each in signals:
+        loop.add_signal_handler(each, end)
     await work()
 
 

@@ -11,8 +11,10 @@ import ctypes
 import functools
 from typing import Any
 
-from edgellm.engine.childside import import_llama_bindings
+from edgellm.engine.childside import import_llama_bindings, set_fields
 from edgellm.errors import StageError
+
+__all__ = ["KV_TYPE_IDS", "TO_FLOAT", "TypeTraits", "ggml", "llama", "set_fields"]
 
 
 class TypeTraits(ctypes.Structure):
@@ -69,22 +71,6 @@ def _load_base(folder: Any) -> Any:
         if path.exists():
             return ctypes.CDLL(str(path))
     return None
-
-
-def set_fields(structure: ctypes.Structure, **values: Any) -> None:
-    """Set fields of a ctypes structure, refusing names it does not have.
-
-    ctypes silently accepts a misspelt or removed field as a plain Python attribute, so that a
-    setting would be ignored without a word.
-    """
-    known = {field[0] for field in structure._fields_}
-    for name, value in values.items():
-        if name not in known:
-            raise StageError(
-                f"llama-cpp-python has no field {name!r} in {type(structure).__name__}.",
-                hint="This version of edgellm needs llama-cpp-python 0.3.36 or a compatible one.",
-            )
-        setattr(structure, name, value)
 
 
 KV_TYPE_IDS = {

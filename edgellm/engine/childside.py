@@ -65,6 +65,10 @@ class Channel:
         """Wait for at least one byte, return at most ``n``; ``b""`` when the parent is gone."""
         return os.read(self._read, n)
 
+    def has_input(self) -> bool:
+        """Whether ``read`` would return at once."""
+        return bool(select.select([self._read], [], [], 0)[0])
+
     def poll(self, seconds: float) -> None:
         """Wait actively for input, at most so long, letting everyone else on the processor run
         first. A process that sleeps for the few milliseconds until its turn wakes up on a

@@ -195,6 +195,7 @@ class StageRunner:
         started = time.perf_counter()
         results: list[Result] = []
         kept: list[Float32] = []
+        failures: list[tuple[int, EdgeError]] = []
         at = 0
         for row in rows:
             last = row.position + row.count - 1
@@ -202,13 +203,23 @@ class StageRunner:
                 results.append(Result(row.sequence, last, -1))
                 continue
             entry = self._sequences[row.sequence]
-            token = self._sample(entry, logits[at], last + 1)
+            output = logits[at]
+            at += 1
+            try:
+                token = self._sample(entry, output, last + 1)
+            except EdgeError as error:  # of this row alone: the others of the call are good
+                failures.append((row.sequence, error))
+                self.close(row.sequence)
+                continue
             results.append(Result(row.sequence, last, token))
             if entry.wants_logits:
-                kept.append(np.array(logits[at], np.float32))
-            at += 1
+                kept.append(np.array(output, np.float32))
         self.figures.sample_s += time.perf_counter() - started
-        return Outcome(results=tuple(results), logits=np.stack(kept) if kept else None)
+        return Outcome(
+            results=tuple(results),
+            logits=np.stack(kept) if kept else None,
+            failures=tuple(failures),
+        )
 
     def _sample(self, entry: _Sequence, logits: Float32, position: int) -> int:
         if entry.sampler is None:

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellm.engine.base import StageConfig, StageEngine
+from edgellm.engine.base import Float32, StageConfig, StageEngine
 from edgellm.engine.runner import Outcome, SamplerFactory, StageRunner
 from edgellm.errors import EdgeError, LocalProtocolError, StageError
-from edgellm.types import LayerSpan
+from edgellm.types import Activations, LayerSpan
+from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
+    NO_SEQUENCE,
     CloseSequence,
     ErrorReport,
     Hidden,
     Message,
     OpenSequence,
     QueryStats,
+    Row,
     StageReady,
     StageStats,
     StartEngine,
     Step,
     Tokens,
+    peek,
 )
 from edgellm.wire.plain import sampler_from_plain, settings_from_plain, settings_to_plain
 from edgellm.wire.tensors import decode_rows, decode_tokens, encode_logits, encode_rows
@@ -107,40 +111,54 @@ class StageServer:
         runner.open(
             message.sequence,
             sampler_from_plain(message.sampler),
-            decode_tokens(message.payload, 1 << 31).tolist() if config.last else (),
+            decode_tokens(message.payload, config.vocab).tolist() if config.last else (),
             message.logits,
         )
 
+    def refuse(self, frame: Frame, error: EdgeError) -> Iterator[Message]:
+        """Answer a frame that could not be decoded: if it has rows, those sequences fail."""
+        try:
+            epoch, rows = peek(frame)
+        except EdgeError:
+            yield ErrorReport(self._epoch, NO_SEQUENCE, error.to_dict())
+            return
+        if epoch == self._epoch:
+            yield from self._fail([row.sequence for row in rows], error)
+
+    def _fail(self, sequences: Iterable[int], error: EdgeError) -> Iterator[ErrorReport]:
+        """End sequences, and no others, with an error."""
+        for sequence in dict.fromkeys(sequences):
+            if self._runner is not None:
+                self._runner.close(sequence)
+            yield ErrorReport(self._epoch, sequence, error.to_dict())
+
     def _step(self, message: Step | Hidden) -> Iterator[Message]:
-        runner, config = self._loaded()
+        _, config = self._loaded()
         if message.epoch != self._epoch:
             return
+        try:
+            for outcome in self._outcomes(message):
+                yield from self._messages(outcome, config)
+        except EdgeError as error:
+            yield from self._fail([row.sequence for row in message.rows], error)
+
+    def _outcomes(self, message: Step | Hidden) -> Iterator[Outcome]:
+        runner, config = self._loaded()
         total = sum(row.count for row in message.rows)
         if isinstance(message, Step):
             if not config.first:
                 raise LocalProtocolError("token ids reached a stage that is not the first.")
-            outcomes = runner.step(message.rows, decode_tokens(message.payload, 1 << 31), None)
-        else:
-            if config.first:
-                raise LocalProtocolError("hidden rows reached the first stage.")
-            width = runner.engine.width
-            hidden = decode_rows(message.payload, total, width, message.activations)
-            outcomes = runner.step(message.rows, None, hidden)
-        for outcome in outcomes:
-            yield from self._messages(outcome, config)
+            return runner.step(message.rows, decode_tokens(message.payload, config.vocab), None)
+        if config.first:
+            raise LocalProtocolError("hidden rows reached the first stage.")
+        hidden = decode_rows(message.payload, total, runner.engine.width, message.activations)
+        return runner.step(message.rows, None, hidden)
 
     def _messages(self, outcome: Outcome, config: StageConfig) -> Iterator[Message]:
         for sequence, error in outcome.failures:
             yield ErrorReport(self._epoch, sequence, error.to_dict())
         if outcome.hidden is not None:
-            activations = config.settings.activations
-            yield Hidden(
-                epoch=self._epoch,
-                rows=outcome.rows,
-                width=outcome.hidden.shape[1],
-                activations=activations,
-                payload=encode_rows(outcome.hidden, activations),
-            )
+            yield from self._hidden(outcome.rows, outcome.hidden, config.settings.activations)
         if outcome.results:
             logits = outcome.logits
             yield Tokens(
@@ -148,6 +166,28 @@ class StageServer:
                 results=outcome.results,
                 payload=b"" if logits is None else encode_logits(logits),
             )
+
+    def _hidden(
+        self, rows: tuple[Row, ...], hidden: Float32, activations: Activations
+    ) -> Iterator[Message]:
+        try:
+            payload = encode_rows(hidden, activations)
+        except EdgeError as error:
+            if len(rows) == 1:
+                yield from self._fail([rows[0].sequence], error)
+                return
+            at = 0
+            for row in rows:  # whose it is: the others go on
+                yield from self._hidden((row,), hidden[at : at + row.count], activations)
+                at += row.count
+            return
+        yield Hidden(
+            epoch=self._epoch,
+            rows=rows,
+            width=hidden.shape[1],
+            activations=activations,
+            payload=payload,
+        )
 
     def _stats(self, message: QueryStats) -> StageStats:
         runner, _ = self._loaded()

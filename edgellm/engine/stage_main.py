@@ -7,17 +7,25 @@ key. When it dies, for whatever reason, the node sees the end of the pipe and th
 from __future__ import annotations
 
 import gc
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from edgellm.engine.base import Sampler, StageConfig, StageEngine
 from edgellm.engine.childside import open_channel
 from edgellm.engine.server import EngineTable, StageServer
+from edgellm.errors import EdgeError
 from edgellm.types import SamplerSettings
-from edgellm.wire.frames import MAX_PAYLOAD_BYTES, FrameDecoder
+from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Buffer, Frame, FrameDecoder
 from edgellm.wire.messages import (
     DEFAULT_PAYLOAD_LIMITS,
     LOCAL_KINDS,
+    CloseSequence,
     Hidden,
+    Message,
+    Row,
     StartEngine,
+    Step,
     decode,
     encode,
     kind_of,
@@ -48,31 +56,104 @@ def _stub_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
     return StubSampler()
 
 
+CLOSE_KIND = kind_of(CloseSequence)
+START_KIND = kind_of(StartEngine)
 POLL_S = 0.05
 """Longest active wait for the next step of a sequence: a token's round through slow stages."""
 
 ENGINES: EngineTable = {"llama": (_llama, _llama_sampler), "stub": (_stub, _stub_sampler)}
 
 
-def main() -> None:
-    """Serve until the node closes the pipe."""
-    channel = open_channel()
-    server = StageServer(ENGINES)
+READ_AHEAD_BYTES = 16 << 20
+READ_AHEAD_FRAMES = 256
+"""When this much waits, nothing more is read ahead: the rest waits in the node, which counts it."""
+
+
+class Serving(Protocol):
+    """What ``serve`` asks of a server: ``StageServer``."""
+
+    @property
+    def expects_work(self) -> bool: ...
+    def handle(self, message: Message) -> Iterator[Message]: ...
+    def refuse(self, frame: Frame, error: EdgeError) -> Iterator[Message]: ...
+
+
+class Pipe(Protocol):
+    """What ``serve`` asks of the pipe to the node: ``childside.Channel``."""
+
+    def read(self) -> bytes: ...
+    def has_input(self) -> bool: ...
+    def poll(self, seconds: float) -> None: ...
+    def write(self, buffers: Iterable[Buffer]) -> None: ...
+
+
+def serve(channel: Pipe, server: Serving) -> None:
+    """Answer messages in their order until the node closes the pipe.
+
+    But for one thing: the end of a sequence counts at once, so that the chunks of a cancelled
+    prompt that wait here are dropped rather than computed.
+    """
     decoder = FrameDecoder(DEFAULT_PAYLOAD_LIMITS)
     # The node has checked sizes against the plan; what comes through this pipe is its word.
     decoder.set_payload_limit(kind_of(Hidden), MAX_PAYLOAD_BYTES)
+    waiting: deque[Frame] = deque()
     while True:
-        if server.expects_work:
-            channel.poll(POLL_S)
+        while not waiting:
+            if server.expects_work:
+                channel.poll(POLL_S)
+            data = channel.read()
+            if not data:
+                return
+            waiting.extend(decoder.feed(data))
+        frame = waiting.popleft()
+        try:
+            message = decode(frame, LOCAL_KINDS)
+        except EdgeError as error:
+            answers = server.refuse(frame, error)
+        else:
+            if isinstance(message, Step | Hidden):
+                if message.rows[0].count > 1 and not _read_ahead(channel, decoder, waiting):
+                    return
+                if waiting:
+                    _close_ahead(server, message.rows, waiting)
+            answers = server.handle(message)
+        for answer in answers:
+            channel.write(encode(answer))
+        if frame.kind == START_KIND:
+            gc.freeze()  # what is loaded stays: no collection need look at it again
+
+
+def _read_ahead(channel: Pipe, decoder: FrameDecoder, waiting: deque[Frame]) -> bool:
+    """Read what is there, and the rest of a frame that has begun. False at the end of the pipe.
+
+    Only before chunks of a prompt: a step of one token computes too little to be worth it.
+    """
+    ahead = sum(len(frame.raw) for frame in waiting)
+    while ahead < READ_AHEAD_BYTES and len(waiting) < READ_AHEAD_FRAMES:
+        if not decoder.buffered and not channel.has_input():
+            break
         data = channel.read()
         if not data:
-            return
-        for frame in decoder.feed(data):
+            return False
+        ahead += len(data)
+        waiting.extend(decoder.feed(data))
+    return True
+
+
+def _close_ahead(server: Serving, rows: tuple[Row, ...], waiting: Iterable[Frame]) -> None:
+    """Close the sequences of ``rows`` whose end waits behind them; a second close is harmless."""
+    sequences = {row.sequence for row in rows}
+    for frame in waiting:
+        if frame.kind == CLOSE_KIND:
             message = decode(frame, LOCAL_KINDS)
-            for answer in server.handle(message):
-                channel.write(encode(answer))
-            if isinstance(message, StartEngine):
-                gc.freeze()  # what is loaded stays: no collection need look at it again
+            if isinstance(message, CloseSequence) and message.sequence in sequences:
+                for _ in server.handle(message):
+                    pass  # it has no answer
+
+
+def main() -> None:
+    """Serve until the node closes the pipe."""
+    serve(open_channel(), StageServer(ENGINES))
 
 
 if __name__ == "__main__":

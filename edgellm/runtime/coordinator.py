@@ -11,13 +11,21 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgellm.errors import DeadlineError, EdgeError, PeerLostError, UsageError, error_from_dict
+from edgellm.errors import (
+    DeadlineError,
+    EdgeError,
+    PeerLostError,
+    RemoteProtocolError,
+    UsageError,
+    error_from_dict,
+)
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.session import Introduction, Session
 from edgellm.transport.base import Transport
 from edgellm.types import Epoch, Plan
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
+    NO_SEQUENCE,
     DeviceInfo,
     ErrorReport,
     LoadProgress,
@@ -84,30 +92,51 @@ class Coordinator:
     async def connect(self, host: str, port: int, *, via: Transport | None = None) -> Peer:
         """Connect to the device that others reach at ``host:port`` and ask what it is.
 
-        ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError.
+        ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError,
+        RemoteProtocolError for a device that says two things of itself, UsageError for a name
+        that another device has.
         """
         session = await Session.dial(via or self._transport, host, port, self._me, self)
-        waiting = self._infos[session] = asyncio.get_running_loop().create_future()
-        session.send(QueryDevice())
         try:
+            peer = self._admit(Peer(await self._ask(session), host, port, session))
+        except BaseException:
+            await session.close()
+            raise
+        if peer.session is not session:
+            await session.close()
+        return peer
+
+    async def _ask(self, session: Session) -> DeviceInfo:
+        waiting: asyncio.Future[DeviceInfo] = asyncio.get_running_loop().create_future()
+        self._infos[session] = waiting
+        try:
+            session.send(QueryDevice())
             async with asyncio.timeout(QUERY_WITHIN_S):
                 info = await waiting
         except TimeoutError as error:
-            await session.close()
-            raise PeerLostError(f"{host}:{port} did not say what it is in time.") from error
+            raise PeerLostError(f"{session.address} did not say what it is in time.") from error
         finally:
             del self._infos[session]
-        known = self._peers.get(info.name)
-        if known is not None:
-            await session.close()
-            if known.info.device_id == info.device_id:
-                return known
+        greeted = session.peer
+        if (info.name, info.device_id) != (greeted.name, greeted.device_id):
+            raise RemoteProtocolError(
+                f"{session.address} greeted as {greeted.name} and then says it is {info.name},"
+                " or gives another device id."
+            )
+        if session.ended:  # between its answer and now
+            raise PeerLostError(f"{session.address} hung up.")
+        return info
+
+    def _admit(self, peer: Peer) -> Peer:
+        """``peer``, or the same device as it is connected already."""
+        known = self._peers.setdefault(peer.info.name, peer)
+        if known.info.device_id != peer.info.device_id:
             raise UsageError(
-                f"two devices are named {info.name} ({known.host}:{known.port} and {host}:{port}).",
+                f"two devices are named {known.info.name} ({known.host}:{known.port} and"
+                f" {peer.host}:{peer.port}).",
                 hint="Give one of them another --name.",
             )
-        peer = self._peers[info.name] = Peer(info, host, port, session)
-        return peer
+        return known
 
     async def load(
         self, plan: Plan, source: ModelSource, progress: Progress | None = None
@@ -121,13 +150,13 @@ class Coordinator:
         pipeline = Pipeline(plan, [peer.session for peer in peers], source.vocab)
         loop = asyncio.get_running_loop()
         waiting = [loop.create_future() for _ in peers]
-        self._pipelines[plan.epoch] = pipeline
-        for index, peer in enumerate(peers):
-            self._loading[plan.epoch, index] = waiting[index]
-            logits_bytes = plan.settings.sequences * source.vocab * LOGIT_BYTES
-            peer.session.set_payload_limits({kind_of(Tokens): logits_bytes})
-            peer.session.send(self._request(plan, source, peers, index))
         try:
+            self._pipelines[plan.epoch] = pipeline
+            logits_bytes = plan.settings.sequences * source.vocab * LOGIT_BYTES
+            pipeline.last.allow_payloads({kind_of(Tokens): logits_bytes})
+            for index, peer in enumerate(peers):
+                self._loading[plan.epoch, index] = waiting[index]
+                peer.session.send(self._request(plan, source, peers, index))
             async with asyncio.timeout(LOAD_WITHIN_S):
                 await asyncio.gather(*waiting)
         except TimeoutError as error:
@@ -172,6 +201,7 @@ class Coordinator:
             width=source.width,
             vocab=source.vocab,
             deadline_s=LOAD_WITHIN_S,
+            previous_id=peers[index - 1].info.device_id if index else "",
         )
 
     def unload(self, pipeline: Pipeline) -> None:
@@ -192,8 +222,10 @@ class Coordinator:
         """Nobody sends activations to a coordinator; they are stale or a mistake."""
 
     def on_message(self, session: Session, message: Message, frame: Frame) -> None:
+        """What a device says of a stage counts only if the plan gave it that stage."""
         if isinstance(message, Tokens):
-            if pipeline := self._pipelines.get(message.epoch):
+            pipeline = self._pipelines.get(message.epoch)
+            if pipeline is not None and session is pipeline.last:
                 pipeline.on_tokens(message, frame)
         elif isinstance(message, DeviceInfo):
             waiting = self._infos.get(session)
@@ -201,36 +233,52 @@ class Coordinator:
                 waiting.set_result(message)
         elif isinstance(message, StageReady):
             future = self._loading.get((message.epoch, message.index))
-            if future is not None and not future.done():
+            if self._named(session, message) and future is not None and not future.done():
                 future.set_result(message)
         elif isinstance(message, LoadProgress):
-            self._progress(session.peer.name, message)
+            if self._named(session, message):
+                self._progress(session.peer.name, message)
         elif isinstance(message, StageStats):
-            if pipeline := self._pipelines.get(message.epoch):
+            if pipeline := self._named(session, message):
                 pipeline.on_stats(message)
         elif isinstance(message, ErrorReport):
             self._on_error(session, message)
+
+    def _named(
+        self, session: Session, message: StageReady | LoadProgress | StageStats
+    ) -> Pipeline | None:
+        """The plan of a message, if it came from the device of the stage that it names."""
+        pipeline = self._pipelines.get(message.epoch)
+        if pipeline is None or message.index >= len(pipeline.sessions):
+            return None
+        return pipeline if pipeline.sessions[message.index] is session else None
 
     def _on_error(self, session: Session, message: ErrorReport) -> None:
         error = error_from_dict(message.error)
         error.device = error.device or session.peer.name
         pipeline = self._pipelines.get(message.epoch)
-        if pipeline is not None:
-            self._fail(pipeline, message.sequence, error)
+        if pipeline is None or session not in pipeline.sessions:
+            return
+        if message.sequence >= 0:
+            pipeline.on_error(message.sequence, error)
+        else:
+            self._fail(pipeline, error)
 
-    def _fail(self, pipeline: Pipeline, sequence: int, error: EdgeError) -> None:
-        pipeline.on_error(sequence, error)
+    def _fail(self, pipeline: Pipeline, error: EdgeError) -> None:
+        """A plan without one of its stages is of no use: every device frees its own at once."""
+        pipeline.on_error(NO_SEQUENCE, error)
         for (epoch, _), future in self._loading.items():
             if epoch == pipeline.plan.epoch and not future.done():
                 future.set_exception(error)
+        self.unload(pipeline)
 
     def on_session_closed(self, session: Session) -> None:
         """Every plan that needs this device has failed."""
-        name = session.peer.name if session.greeted else ""
         for waiting in [f for s, f in self._infos.items() if s is session and not f.done()]:
             waiting.set_exception(PeerLostError(f"{session.address} hung up."))
-        gone = self._peers.get(name)
-        if gone is None or gone.session is not session:
+        # By its session: what it called itself is only its word.
+        name = next((n for n, peer in self._peers.items() if peer.session is session), None)
+        if name is None:
             return
         del self._peers[name]
         error = PeerLostError(
@@ -240,4 +288,4 @@ class Coordinator:
         )
         for pipeline in list(self._pipelines.values()):
             if session in pipeline.sessions:
-                self._fail(pipeline, -1, error)
+                self._fail(pipeline, error)

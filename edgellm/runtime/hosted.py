@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from edgellm.errors import (
     error_from_dict,
 )
 from edgellm.runtime.session import Session
-from edgellm.store.shards import ShardFiles, ShardFolder
+from edgellm.store.shards import ModelShape, ShardFiles, ShardFolder
 from edgellm.types import LayerSpan
-from edgellm.wire.frames import Frame
+from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Frame
 from edgellm.wire.messages import (
     CloseSequence,
     ErrorReport,
@@ -49,6 +50,10 @@ from edgellm.wire.plain import settings_from_plain
 HIDDEN_KIND = kind_of(Hidden)
 TOKENS_KIND = kind_of(Tokens)
 MIN_UNSENT_BYTES = 4 << 20
+CELL_STEP = 256
+"""llama.cpp rounds the KV cells of a sequence up to a multiple of this."""
+MAX_CELLS = (1 << 31) - 1
+"""It counts the cells of all sequences in 32 bits, with a sign in places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +73,21 @@ class StageParts:
 class HostedStage:
     """From ``LoadStage`` to ``UnloadStage``; ends itself when its process or a link ends."""
 
-    def __init__(self, request: LoadStage, coordinator: Session, parts: StageParts) -> None:
+    def __init__(
+        self,
+        request: LoadStage,
+        coordinator: Session,
+        parts: StageParts,
+        on_broken: Callable[[HostedStage], None],
+    ) -> None:
+        """``on_broken`` is called when a loaded stage is of no use any more, after it has said
+        so to the coordinator: its process or its link to the next stage is gone."""
         self.epoch = request.epoch
         self.coordinator = coordinator
         self._request = request
         self._parts = parts
+        self._on_broken = on_broken
+        self._upstream: Session | None = None
         self._host: StageHost | None = None
         self._cutting: asyncio.Task[ShardFiles] | None = None
         self._next: Session | None = None
@@ -82,15 +97,13 @@ class HostedStage:
         self._deadlines: dict[int, float] = {}
         self._closed = False
         settings = settings_from_plain(request.settings)
-        settings = dataclasses.replace(
-            settings,
-            threads=min(settings.threads, parts.threads or settings.threads),
-            pin=parts.pin,
-        )
+        most = parts.threads or os.cpu_count() or 1
+        threads = min(settings.threads or most, most)
+        settings = dataclasses.replace(settings, threads=threads, pin=parts.pin)
         self.payload_limits = payload_limits(
             chunk=settings.chunk, width=request.width, activations=settings.activations
         )
-        """What this plan allows a neighbour to send, bytes by kind."""
+        """What this plan allows the stage before to send, bytes by kind."""
         chunk_bytes = self.payload_limits[HIDDEN_KIND]
         window = (request.stage_count + 2) * settings.sequences
         self._settings = settings
@@ -100,6 +113,42 @@ class HostedStage:
     def label(self) -> str:
         request = self._request
         return f"stage {request.index + 1} of {request.stage_count}"
+
+    @property
+    def first(self) -> bool:
+        """Whether it takes token ids from the coordinator, rather than a neighbour's rows."""
+        return self._request.index == 0
+
+    def takes_rows_from(self, session: Session) -> bool:
+        """Whether this peer may send it rows, and open and close sequences: the coordinator at
+        the first stage, at a later one the node of the stage before."""
+        if self.first:
+            return session is self.coordinator
+        if session is self._upstream:
+            return True
+        if session is self.coordinator or session.peer.device_id != self._request.previous_id:
+            return False
+        self._upstream = session
+        return True
+
+    def refusal(self) -> EdgeError | None:
+        """Why a plan with such numbers can not be loaded here, or anywhere; None if it can."""
+        request, settings = self._request, self._settings
+        cells = -(-settings.context // CELL_STEP) * CELL_STEP * settings.sequences
+        problem = ""
+        if not self.first and not request.previous_id:
+            problem = "the plan does not say which device has the stage before"
+        elif self.payload_limits[HIDDEN_KIND] > MAX_PAYLOAD_BYTES:
+            problem = (
+                f"chunks of {settings.chunk} rows of {request.width} values are over the"
+                f" protocol's limit of {MAX_PAYLOAD_BYTES} bytes"
+            )
+        elif cells > MAX_CELLS:
+            problem = (
+                f"{settings.sequences} sequences of {settings.context} tokens are more than"
+                f" {MAX_CELLS} KV cells"
+            )
+        return StageError(f"{problem}.", device=self._parts.device) if problem else None
 
     async def load(self) -> None:
         """Cut, start, load, link; answers ``StageReady`` to the coordinator.
@@ -141,6 +190,7 @@ class HostedStage:
                 str(request.model.get("digest", "")),
                 span,
                 request.epoch,
+                ModelShape(request.layers, request.width, request.vocab),
             )
             # A thread cannot be cancelled: whoever closes us waits for it, to remove its files.
             self._cutting = asyncio.create_task(work)
@@ -251,6 +301,7 @@ class HostedStage:
             self._ready.set_exception(error)
         elif not self._closed:
             self._report(error)
+            self._on_broken(self)
 
     def _next_lost(self, reason: str) -> None:
         if self._closed or self._next is None:
@@ -262,6 +313,7 @@ class HostedStage:
                 device=self._next.peer.name,
             )
         )
+        self._on_broken(self)
 
     def _report(self, error: EdgeError, sequence: int = -1) -> None:
         self.coordinator.send(ErrorReport(self.epoch, sequence, error.to_dict()))

@@ -116,9 +116,14 @@ class Running:
             yield item
 
     def _execute(self, effects: Sequence[Effect]) -> None:
+        unsent: EdgeError | None = None
         for effect in effects:
             if isinstance(effect, SendStep):
-                self._pipeline.send_step(self, effect)
+                try:
+                    self._pipeline.send_step(self, effect)
+                except EdgeError as error:
+                    # The token it follows is in the journal: it is shown before the failure.
+                    unsent = unsent or error
             elif isinstance(effect, Emit):
                 now = asyncio.get_running_loop().time()
                 made = MadeToken(effect.token, effect.position, now, self._logits)
@@ -126,6 +131,8 @@ class Running:
             elif isinstance(effect, Finish):
                 self.finish = effect.reason
                 self._queue.put_nowait(None)
+        if unsent is not None:
+            self.fail(unsent)
 
 
 class Pipeline:
@@ -142,6 +149,7 @@ class Pipeline:
         self._numbers = itertools.count(1)
         self._slots = asyncio.Semaphore(plan.settings.sequences)
         self._failed: EdgeError | None = None
+        self._unloaded = False
         self._stats: dict[int, asyncio.Future[StageStats]] = {}
         self._asking = asyncio.Lock()
 
@@ -204,6 +212,11 @@ class Pipeline:
     @property
     def _first(self) -> Session:
         return self.sessions[0]
+
+    @property
+    def last(self) -> Session:
+        """Where results come from."""
+        return self.sessions[-1]
 
     def _open(self, running: Running) -> None:
         request = running.request
@@ -277,6 +290,8 @@ class Pipeline:
         return [dict(answer.stats) for answer in answers]
 
     def unload(self) -> None:
-        """Have every device free its stage."""
-        for session in self.sessions:
-            session.send(UnloadStage(self.plan.epoch))
+        """Have every device free its stage; once, however often it is asked for."""
+        if not self._unloaded:
+            self._unloaded = True
+            for session in self.sessions:
+                session.send(UnloadStage(self.plan.epoch))

@@ -22,10 +22,19 @@ from edgellm.wire.connection import (
     MessageReceived,
     Opened,
     Role,
+    State,
     Timeouts,
 )
 from edgellm.wire.frames import Buffer, Frame
-from edgellm.wire.messages import Hello, Hidden, Message, Step, Welcome, kind_of
+from edgellm.wire.messages import (
+    DEFAULT_PAYLOAD_LIMITS,
+    Hello,
+    Hidden,
+    Message,
+    Step,
+    Welcome,
+    kind_of,
+)
 
 ROUTED_KINDS = frozenset((kind_of(Step), kind_of(Hidden)))
 """Frames that a node passes on without decoding."""
@@ -75,6 +84,7 @@ class Session:
         self._on_close: list[Callable[[str], None]] = []
         self._told_open: Callable[[Session], None] = lambda session: None
         self._reason: EdgeError | None = None
+        self._limits: dict[int, int] = dict(DEFAULT_PAYLOAD_LIMITS)
         self._ended = False
 
     @classmethod
@@ -148,10 +158,16 @@ class Session:
         """Why the session ended, in words."""
         return self._reason.message.rstrip(".") if self._reason else "closed"
 
-    def set_payload_limits(self, limits: Mapping[int, int]) -> None:
-        """Allow payloads of each kind up to so many bytes, from the next frame on."""
+    def allow_payloads(self, limits: Mapping[int, int]) -> None:
+        """Allow payloads of each kind up to so many bytes, from the next frame on.
+
+        Never less than was allowed before: what a former plan sent is stale, and to be dropped
+        rather than refused. Raises LocalProtocolError above ``MAX_PAYLOAD_BYTES``.
+        """
         for kind, limit in limits.items():
-            self._connection.set_payload_limit(kind, limit)
+            if limit > self._limits.get(kind, 0):
+                self._connection.set_payload_limit(kind, limit)
+                self._limits[kind] = limit
 
     def on_close(self, callback: Callable[[str], None]) -> None:
         """Call ``callback(reason)`` when this session ends; at once if it has."""
@@ -160,14 +176,21 @@ class Session:
         else:
             self._on_close.append(callback)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will be sent or received any more."""
+        # The connection may know of the end before us: the last events of a read are still under
+        # way, and their handlers shall not fail for what comes after them.
+        return self._ended or self._connection.state is State.CLOSED
+
     def send(self, message: Message) -> None:
-        """Queue a message. After the end it goes nowhere: ``on_close`` told why."""
-        if not self._ended:
+        """Queue a message. After the end it goes nowhere: ``on_close`` tells why."""
+        if not self.ended:
             self._write(self._connection.send(message))
 
     def send_raw(self, frame: Frame) -> None:
         """Queue a frame as it came in from elsewhere."""
-        if not self._ended:
+        if not self.ended:
             self._write(self._connection.send_raw(frame))
 
     @property

@@ -17,6 +17,7 @@ from edgellm.wire.messages import (
     CloseSequence,
     DeviceInfo,
     ErrorReport,
+    Hidden,
     LoadStage,
     Message,
     OpenSequence,
@@ -29,6 +30,9 @@ from edgellm.wire.messages import (
 )
 
 STEP_KIND = kind_of(Step)
+_ROWS_OF = {STEP_KIND: "a step", kind_of(Hidden): "hidden rows"}
+PayloadLimits = Callable[[Session], Mapping[int, int]]
+"""Tells what a peer may send: bytes by kind."""
 MAX_STAGES = 8
 """Stages that one node hosts at once, over all coordinators."""
 EXPIRY_INTERVAL_S = 1.0
@@ -41,10 +45,10 @@ class Worker:
         self,
         parts: StageParts,
         describe: Callable[[], DeviceInfo],
-        allow_payloads: Callable[[Mapping[int, int]], None],
+        allow_payloads: Callable[[PayloadLimits], None],
     ) -> None:
-        """``describe`` tells of this device; ``allow_payloads`` raises the payload limits of all
-        its connections to what a new plan needs."""
+        """``describe`` tells of this device; ``allow_payloads`` raises the payload limits of each
+        of its connections to what the function it is given says."""
         self._parts = parts
         self._describe = describe
         self._allow_payloads = allow_payloads
@@ -59,8 +63,12 @@ class Worker:
         stage = self._stages.get(epoch)
         if stage is None or not rows:
             return
-        if frame.kind == STEP_KIND and session is not stage.coordinator:
-            raise RemoteProtocolError("a step came from a device that is not the coordinator.")
+        if (frame.kind == STEP_KIND) is not stage.first:
+            raise RemoteProtocolError(f"{_ROWS_OF[frame.kind]} came to {stage.label}.")
+        if not stage.takes_rows_from(session):
+            raise RemoteProtocolError(
+                f"{_ROWS_OF[frame.kind]} came from a device that is not before {stage.label}."
+            )
         stage.take(frame)
 
     def on_message(self, session: Session, message: Message, frame: Frame) -> None:
@@ -73,11 +81,20 @@ class Worker:
             stage = self._stages.get(message.epoch)
             if stage is None:
                 return
-            if isinstance(message, UnloadStage) and session is not stage.coordinator:
-                raise RemoteProtocolError("only its coordinator may unload a stage.")
+            self._check_sender(stage, session, message)
             self._control(stage, message, frame)
         else:
             raise RemoteProtocolError(f"a node does not take {type(message).__name__} from a peer.")
+
+    @staticmethod
+    def _check_sender(stage: HostedStage, session: Session, message: Message) -> None:
+        if isinstance(message, OpenSequence | CloseSequence):
+            allowed = stage.takes_rows_from(session)
+        else:
+            allowed = session is stage.coordinator
+        if not allowed:
+            what = type(message).__name__
+            raise RemoteProtocolError(f"{what} came from a device that may not send it.")
 
     def _control(
         self,
@@ -97,14 +114,24 @@ class Worker:
     def _load(self, session: Session, request: LoadStage) -> None:
         if request.epoch in self._stages:
             raise RemoteProtocolError(f"epoch {request.epoch} is already loaded.")
-        stage = HostedStage(request, session, self._parts)
-        refusal = self._refusal(session, request)
+        stage = HostedStage(request, session, self._parts, self._drop)
+        refusal = self._refusal(session, request) or stage.refusal()
         if refusal is not None:
             self._refuse(stage, refusal)
             return
-        self._allow_payloads(stage.payload_limits)
         self._stages[request.epoch] = stage
+        self._allow_payloads(self.payload_limits_of)
         self._spawn(self._run_load(stage))
+
+    def payload_limits_of(self, session: Session) -> Mapping[int, int]:
+        """What the plans here allow this peer to send, bytes by kind: hidden rows, if it has the
+        stage before one of ours."""
+        limits: dict[int, int] = {}
+        for stage in self._stages.values():
+            if not stage.first and stage.takes_rows_from(session):
+                for kind, limit in stage.payload_limits.items():
+                    limits[kind] = max(limit, limits.get(kind, 0))
+        return limits
 
     def _refusal(self, session: Session, request: LoadStage) -> EdgeError | None:
         if len(self._stages) >= MAX_STAGES:

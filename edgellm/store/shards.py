@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgellm.errors import DeviceError, EdgeError, ModelFileError
 from edgellm.modelfile.architectures import architecture_rule
+from edgellm.modelfile.card import read_card
 from edgellm.modelfile.cut import cut, write_embedding
 from edgellm.modelfile.model import Model, open_model
 from edgellm.modelfile.recipe import embedding_scale
@@ -33,6 +34,18 @@ class ShardFiles:
     """The files that were written for this stage, to be removed with it."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a plan says of a model, and the stage's engine and its neighbours rely on."""
+
+    layers: int
+    width: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers {self.width} wide and {self.vocab} tokens"
+
+
 class ShardFolder:
     """The shards of one node, below its home."""
 
@@ -43,11 +56,13 @@ class ShardFolder:
         """Remove whatever a node that died has left."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def prepare(self, model_path: str, digest: str, span: LayerSpan, epoch: int) -> ShardFiles:
+    def prepare(
+        self, model_path: str, digest: str, span: LayerSpan, epoch: int, shape: ModelShape
+    ) -> ShardFiles:
         """The files for layers ``span`` of the model at ``model_path``.
 
-        Raises ModelFileError when the file is invalid or is not the model with ``digest``,
-        DeviceError when the shard cannot be written.
+        Raises ModelFileError when the file is invalid, is not the model with ``digest``, or is
+        of another ``shape`` than the plan; DeviceError when the shard cannot be written.
         """
         model = open_model(Path(model_path))
         if model.digest != digest:
@@ -55,6 +70,10 @@ class ShardFolder:
                 f"{model_path} is another model here than on the coordinating device.",
                 hint="Copy the same file to both devices.",
             )
+        card = read_card(model)
+        found = ModelShape(card.n_layers, card.n_embd, card.n_vocab)
+        if found != shape:
+            raise ModelFileError(f"{model_path} has {found}, the plan says {shape}.")
         if len(span) == model.layers:
             # Nothing to cut; llama.cpp finds the other parts of a split file by itself.
             return ShardFiles(model.paths[0])

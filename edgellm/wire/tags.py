@@ -217,6 +217,7 @@ _TABLE: Final = (
             _WIDTH,
             ("vocab", schema.integer(1, schema.MAX_TOKEN)),
             _DURATION,
+            ("previous_id", schema.label(64)),
         ),
         _check_span,
     ),

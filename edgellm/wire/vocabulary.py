@@ -101,6 +101,8 @@ class LoadStage:
     vocab: int
     deadline_s: float
     """Seconds from receipt; clocks differ between devices, durations do not."""
+    previous_id: str = ""
+    """Device id of the previous stage's node: only it may send hidden rows. First stage: empty."""
 
 
 @dataclass(frozen=True, slots=True)

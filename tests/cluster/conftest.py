@@ -21,7 +21,7 @@ def start_cluster() -> StartCluster:
 
     @contextlib.asynccontextmanager
     async def start(count: int) -> AsyncIterator[Started]:
-        devices = local_devices(count, memory_bytes=4 << 30, cores=count, pin=False)
+        devices = local_devices(count, memory_bytes=4 << 30, processors=range(count), pin=False)
         async with (
             local_cluster(devices) as nodes,
             Cluster.connect([node.address for node in nodes]) as cluster,

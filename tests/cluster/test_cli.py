@@ -123,6 +123,10 @@ def test_exact_is_reference_mode(tiny: Path, tmp_path: Path) -> None:
 # --- chat, with peers -----------------------------------------------------------------
 
 
+HOME_FILES = ["home", "home/device_id", "home/node.lock"]
+"""Who this device is, and the lock that keeps a second node out: no more stays."""
+
+
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[str]:
     """A node named kitchen in a process of its own, as ``edgellm join`` runs it."""
@@ -134,7 +138,7 @@ def peer(tmp_path: Path) -> Iterator[str]:
     process.terminate()
     ended = finish(process)
     assert ended.code == 130
-    assert left_behind(folder) == ["home", "home/device_id"]
+    assert left_behind(folder) == HOME_FILES
 
 
 def test_chat_over_this_device_and_a_peer(peer: str, tmp_path: Path) -> None:
@@ -147,7 +151,24 @@ def test_chat_over_this_device_and_a_peer(peer: str, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert ended.json["tokens"] == STUB_TOKENS
     assert [stage["device"] for stage in ended.json["plan"]["stages"]] == ["desk", "kitchen"]
-    assert left_behind(folder) == ["home", "home/device_id"]  # who this device is, and no more
+    assert left_behind(folder) == HOME_FILES
+
+
+def test_chat_beside_a_node_with_the_same_home_uses_that_node(peer: str, tmp_path: Path) -> None:
+    """As in the README: ``join`` in one terminal, ``chat`` in another, nothing said about homes."""
+    asked = (*STUB, "--temperature", "0", "--max-tokens", "20", "--json")
+    for more in ((), ("--peer", peer)):
+        ended = edgellm("chat", *asked, *more, temp=tmp_path / "kitchen")
+        assert ended.code == 0, ended.err
+        assert ended.json["tokens"] == STUB_TOKENS
+        assert [stage["device"] for stage in ended.json["plan"]["stages"]] == ["kitchen"]
+
+
+def test_two_nodes_cannot_have_one_home(peer: str, tmp_path: Path) -> None:
+    ended = edgellm("join", "--name", "other", "--json", temp=tmp_path / "kitchen")
+    assert ended.code == 4
+    assert peer in ended.err
+    assert "--home" in ended.err
 
 
 def test_chat_alone(tmp_path: Path) -> None:
@@ -233,7 +254,8 @@ def test_join_until_standard_input_closes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("--listen", "203.0.113.1"), 4),
+        (("--listen", "203.0.113.1"), 2),  # not before there is pairing
+        (("--name", "a,b"), 2),
         (("--memory", "x"), 2),
         (("--pin", "a"), 2),
         (("--home", "/dev/null/x"), 4),

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgellm.client import DEFAULT_CHUNK, Completion, GenerateOptions, LoadedModel, LoadOptions
+from edgellm.answer import DEFAULT_CHUNK
+from edgellm.client import Completion, GenerateOptions, LoadedModel, LoadOptions
 from edgellm.types import SamplerSettings
 from tests.cluster.conftest import StartCluster
 from tests.reference import WholeModel

@@ -134,7 +134,7 @@ async def test_a_loaded_cluster_loads_again(start: StartInline) -> None:
                 answer = await complete(model)
                 assert list(answer.tokens) == stub_answer(PROMPT, LAYERS, 20)
             await until(lambda: cluster.hosted == 0)
-        assert all(stage.ended for stage in cluster.all_stages)
+            await until(lambda: all(stage.ended for stage in cluster.all_stages))
 
 
 async def test_two_models_at_once(start: StartInline) -> None:
@@ -195,7 +195,7 @@ async def test_a_stop_string_ends_the_answer_before_it(start: StartInline, begin
 
 async def test_a_deadline_ends_the_request_and_frees_the_slots(start: StartInline) -> None:
     async with start(2, pace_s=0.01) as cluster, loaded(cluster, SPLITS[1]) as model:
-        with pytest.raises(DeadlineError, match=r"within its deadline of 0\.15 s"):
+        with pytest.raises(DeadlineError, match="within its deadline"):
             await complete(model, count=200, deadline_s=0.15)
         await until(lambda: cluster.resident == 0)
         answer = await complete(model, count=3)

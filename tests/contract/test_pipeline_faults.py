@@ -16,18 +16,22 @@ from edgellm.client import LoadedModel
 from edgellm.errors import DeviceError, EdgeError, PeerLostError, StageError
 from edgellm.runtime.session import Introduction, Session
 from edgellm.transport.memory import Link, MemoryNetwork
-from edgellm.types import Activations
+from edgellm.types import Activations, SamplerSettings
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     CloseSequence,
+    ErrorReport,
     Hidden,
     Message,
+    OpenSequence,
+    QueryStats,
     Result,
     Row,
     Step,
     Tokens,
     UnloadStage,
 )
+from edgellm.wire.plain import sampler_to_plain
 from edgellm.wire.tensors import encode_rows, encode_tokens
 from tests.contract.test_pipeline import LAYERS, PROMPT, SPLITS, complete, greedy, loaded
 from tests.inline import COORDINATOR, InlineCluster, inline_cluster, stub_answer, until
@@ -116,17 +120,28 @@ async def test_stale_and_repeated_frames_change_nothing(tmp_path: Path) -> None:
         assert tokens == EXPECTED
 
 
-@pytest.mark.parametrize("kind", ["step", "unload", "tokens"])
-async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("device", ["a", "b"])
+@pytest.mark.parametrize(
+    "kind", ["step", "hidden", "open", "close", "stats", "unload", "tokens", "error"]
+)
+async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(
+    tmp_path: Path, kind: str, device: str
+) -> None:
     async with three(tmp_path, pace_s=0.001) as (cluster, model, network):
         task = asyncio.create_task(complete(model, count=COUNT))
         await until(lambda: cluster.resident == 3)
-        handler, session = await stranger(network, cluster, "a")
+        handler, session = await stranger(network, cluster, device)
         epoch = model.plan.epoch
+        sampler = sampler_to_plain(SamplerSettings())
         messages: dict[str, Message] = {
             "step": Step(epoch, (Row(1, 0, 1, True),), encode_tokens([9])),
+            "hidden": hidden_rows(epoch, 1, 0),
+            "open": OpenSequence(epoch, 9, sampler, 60.0, False, encode_tokens([9])),
+            "close": CloseSequence(epoch, 1),
+            "stats": QueryStats(epoch),
             "unload": UnloadStage(epoch),
             "tokens": Tokens(epoch, (Result(1, 0, 5),)),
+            "error": ErrorReport(epoch, -1, StageError("nonsense.").to_dict()),
         }
         session.send(messages[kind])
         await until(lambda: handler.closed)
@@ -139,7 +154,8 @@ async def test_a_stranger_s_frames_of_another_epoch_are_dropped(tmp_path: Path) 
         handler, session = await stranger(network, cluster, "b")
         epoch = model.plan.epoch
         for other in (epoch ^ 1, epoch + 2, 0):
-            session.send(hidden_rows(other, 1, 0))
+            session.send(QueryStats(other))
+            session.send(CloseSequence(other, 1))
             session.send(Step(other, (Row(1, 0, 1, True),), encode_tokens([9])))
             session.send(UnloadStage(other))
         answer = await complete(model, count=COUNT)

@@ -105,10 +105,10 @@ async def test_a_load_that_fails_on_one_device_is_told_and_leaves_nothing(
     path = write_tiny_model("llama", model_dir)
     prepare = ShardFolder.prepare
 
-    def fail(self: ShardFolder, model: str, digest: str, span: LayerSpan, epoch: int) -> ShardFiles:
+    def fail(self: ShardFolder, model: str, digest: str, span: LayerSpan, *more: Any) -> ShardFiles:
         if span.first:
             raise broken
-        return prepare(self, model, digest, span, epoch)
+        return prepare(self, model, digest, span, *more)
 
     monkeypatch.setattr(ShardFolder, "prepare", fail)
     async with inline_three(tmp_path) as (cluster, _):
@@ -122,7 +122,9 @@ async def test_a_load_that_fails_on_one_device_is_told_and_leaves_nothing(
 async def test_a_device_that_is_gone_before_the_load_is_named(tmp_path: Path) -> None:
     async with inline_three(tmp_path) as (cluster, network):
         opened = open_reference(f"stub:{LAYERS}")
-        plan = plan_over(opened, cluster.client.offers(), LoadOptions(stages=SPLITS[4]))
+        plan = plan_over(
+            opened, cluster.client.offers(opened.engine), LoadOptions(stages=SPLITS[4])
+        )
         network.cut("b")
         await until(lambda: len(cluster.client.devices()) == 2)
         with pytest.raises(PeerLostError) as caught:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import msgpack
 import numpy as np
 import pytest
 
 from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
 from edgellm.engine.server import StageServer, stage_config_from, stage_config_to
+from edgellm.engine.stage_main import serve
 from edgellm.engine.stub import VOCABULARY, WIDTH, StubEngine, StubSampler
 from edgellm.errors import StageError, error_from_dict
 from edgellm.types import Activations, EngineSettings, LayerSpan, Mode, SamplerSettings
+from edgellm.wire.frames import Buffer, Frame, FrameDecoder, encode_frame
 from edgellm.wire.messages import (
     CloseSequence,
     ErrorReport,
@@ -27,6 +30,9 @@ from edgellm.wire.messages import (
     Step,
     Tokens,
     UnloadStage,
+    decode,
+    encode,
+    kind_of,
 )
 from edgellm.wire.plain import sampler_to_plain
 from edgellm.wire.tensors import decode_logits, encode_tokens
@@ -237,8 +243,8 @@ def test_rows_at_the_wrong_end_are_reported() -> None:
     for server in (front, back):
         ask(server, opened(1))
     (hidden,) = ask(front, step(1, 0, PROMPT))
-    assert "reached the first stage" in error_of(ask(front, hidden)).message
-    assert "not the first" in error_of(ask(back, step(1, 0, PROMPT))).message
+    assert "reached the first stage" in error_of(ask(front, hidden), 1).message
+    assert "not the first" in error_of(ask(back, step(1, 0, PROMPT)), 1).message
 
 
 def test_hidden_rows_of_another_size_are_reported() -> None:
@@ -246,7 +252,7 @@ def test_hidden_rows_of_another_size_are_reported() -> None:
     start(back, config(2, 4))
     ask(back, opened(1))
     short = Hidden(EPOCH, (Row(1, 0, 2, True),), WIDTH, Activations.FLOAT32, bytes(WIDTH * 4))
-    assert "cannot be 2 rows of 8" in error_of(ask(back, short)).message
+    assert "cannot be 2 rows of 8" in error_of(ask(back, short), 1).message
 
 
 def test_too_many_sequences_are_one_sequence_s_error() -> None:
@@ -273,11 +279,12 @@ def test_two_rows_of_one_sequence_break_the_rules() -> None:
     """After a first row the second may fail, which would end the sequence under the first."""
     server = engines()
     start(server)
-    ask(server, opened(1))
+    ask(server, opened(2))
     for second in (Row(1, 9, 1, True), Row(1, 3, 1, True)):
+        ask(server, opened(1))
         both = Step(EPOCH, (Row(1, 0, 3, True), second), encode_tokens([5, 6, 7, 8]))
-        assert "two rows of one sequence" in error_of(ask(server, both)).message
-    tokens_of(ask(server, step(1, 0, PROMPT)))
+        assert "two rows of one sequence" in error_of(ask(server, both), 1).message
+    tokens_of(ask(server, step(2, 0, PROMPT)))
 
 
 def test_a_decode_that_fails_ends_the_sequences_of_that_call() -> None:
@@ -289,6 +296,181 @@ def test_a_decode_that_fails_ends_the_sequences_of_that_call() -> None:
     assert ask(server, step(1, 4, [1])) == []  # it is closed
     ask(server, opened(2))
     tokens_of(ask(server, step(2, 0, PROMPT)))
+
+
+class NanEngine(StubEngine):
+    """Computes nonsense for every row of slot 0."""
+
+    def decode(
+        self, rows: Sequence[SlotRow], tokens: Int32 | None, hidden: Float32 | None
+    ) -> Decoded:
+        made = super().decode(rows, tokens, hidden)
+        bad = [row.slot == 0 for row in rows if made.hidden is not None or row.output]
+        if made.hidden is not None:
+            bad = [row.slot == 0 for row in rows for _ in range(row.count)]
+        for values in (made.hidden, made.logits):
+            if values is not None:
+                values[np.array(bad, bool)] = np.nan
+        return made
+
+
+class NumbersOnly(StubSampler):
+    """Refuses what is no number, as llama.cpp's sampler does."""
+
+    def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
+        if not np.isfinite(logits).all():
+            raise StageError("logits that are not numbers.")
+        return super().sample(logits, position, history)
+
+
+@pytest.mark.parametrize("end", [2, 4])
+def test_nonsense_in_one_row_ends_its_own_sequence_and_no_other(end: int) -> None:
+    """Hidden rows that cannot be sent, logits that cannot be sampled; both rows in one call."""
+    server = StageServer({"stub": (NanEngine, lambda settings, vocabulary: NumbersOnly())})
+    start(server, config(0, end))
+    for sequence in (1, 2):  # slots 0 and 1
+        ask(server, opened(sequence, logits=True))
+    rows = (Row(1, 0, 2, True), Row(2, 0, 3, True))
+    answers = ask(server, Step(EPOCH, rows, encode_tokens([1, 2, 5, 6, 7])))
+    (report,) = [each for each in answers if isinstance(each, ErrorReport)]
+    assert report.sequence == 1
+    (good,) = [each for each in answers if not isinstance(each, ErrorReport)]
+    if isinstance(good, Hidden):
+        assert good.rows == (rows[1],)
+    else:
+        (result,) = tokens_of([good]).results
+        assert result.sequence == 2
+        logits = decode_logits(tokens_of([good]).payload, 1, VOCABULARY)
+        assert result.token == int(np.argmax(logits[0]))
+    assert ask(server, step(1, 2, [1])) == []  # it is closed
+    assert len(ask(server, step(2, 3, [1]))) == 1  # and the other goes on
+    assert ask(server, opened(3)) == []  # its slot is free
+
+
+def test_rows_that_break_the_protocol_end_their_own_sequences() -> None:
+    back = engines()
+    start(back, config(2, 4))
+    for sequence in (1, 2):
+        ask(back, opened(sequence))
+    payload = np.zeros(1, "<i2").tobytes() + np.full(WIDTH, np.nan, "<f2").tobytes()
+    bad = Hidden(EPOCH, (Row(1, 0, 1, True),), WIDTH, Activations.FLOAT16, payload)
+    assert "NaN" in error_of(ask(back, bad), 1).message
+    good = Hidden(EPOCH, (Row(2, 0, 1, True),), WIDTH, Activations.FLOAT32, bytes(WIDTH * 4))
+    tokens_of(ask(back, good))
+    assert ask(back, opened(3)) == []  # the slot of 1 is free
+
+
+def test_token_ids_outside_the_vocabulary_never_reach_the_engine() -> None:
+    server = engines()
+    start(server)
+    ask(server, opened(1))
+    bad = step(1, 0, [VOCABULARY])
+    assert "do not fit a vocabulary of 256" in error_of(ask(server, bad), 1).message
+    prompt = dataclasses.replace(opened(2), payload=encode_tokens([VOCABULARY]))
+    assert "do not fit a vocabulary of 256" in error_of(ask(server, prompt), 2).message
+
+
+# --- the pipe -------------------------------------------------------------------------
+
+
+class Pipe:
+    """What the node has written, in the portions that reads give."""
+
+    def __init__(self, *portions: Sequence[Message] | bytes) -> None:
+        self.portions = [
+            each if isinstance(each, bytes) else b"".join(b for m in each for b in encode(m))
+            for each in portions
+        ]
+        self.written: list[Frame] = []
+        self._decoder = FrameDecoder({kind_of(Hidden): 1 << 20})
+
+    def has_input(self) -> bool:
+        return bool(self.portions)
+
+    def read(self) -> bytes:
+        return self.portions.pop(0) if self.portions else b""
+
+    def poll(self, seconds: float) -> None:
+        pass
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        self.written += self._decoder.feed(b"".join(buffers))
+
+    @property
+    def answers(self) -> list[Message]:
+        return [decode(frame) for frame in self.written]
+
+
+STARTED = StartEngine(stage_config_to(config(), EPOCH, 2))
+
+
+def results_of(pipe: Pipe) -> list[tuple[int, int]]:
+    """(sequence, position) of every result."""
+    found = [each for each in pipe.answers if isinstance(each, Tokens)]
+    return [(r.sequence, r.position) for each in found for r in each.results]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_waiting_chunks_of_a_cancelled_prompt_are_not_computed(together: bool) -> None:
+    chunks = [step(1, at, [1] * 8, output=False) for at in (0, 8, 16)]
+    other: list[Message] = [opened(2), step(2, 0, PROMPT)]
+    queued: list[Message] = [STARTED, opened(1), *chunks, CloseSequence(EPOCH, 1), *other]
+    pipe = Pipe(queued) if together else Pipe(*[[each] for each in queued])
+    serve(pipe, engines())
+    assert results_of(pipe) == [(2, 2)]
+    assert not [each for each in pipe.answers if isinstance(each, ErrorReport)]
+
+
+def test_without_a_close_every_chunk_is_computed() -> None:
+    chunks = [step(1, at, [1] * 8, output=False) for at in (0, 8, 16)]
+    messages: list[Message] = [STARTED, opened(1), *chunks]
+    whole = b"".join(bytes(b) for each in messages for b in encode(each))
+    # in portions that end in the middle of frames
+    pipe = Pipe(*[whole[at : at + 50] for at in range(0, len(whole), 50)])
+    serve(pipe, engines())
+    assert results_of(pipe) == [(1, 7), (1, 15), (1, 23)]
+
+
+def test_a_close_counts_for_the_sequence_before_it_and_not_for_one_that_is_opened_after() -> None:
+    again: list[Message] = [opened(1), step(1, 0, PROMPT)]
+    pipe = Pipe([STARTED, opened(1), step(1, 0, [1, 2]), CloseSequence(EPOCH, 1), *again])
+    serve(pipe, engines())
+    assert results_of(pipe) == [(1, 2)]
+
+
+def test_a_flood_waits_in_the_pipe() -> None:
+    """What is read ahead is bounded: the rest stays where the node counts it."""
+    repeated = [step(1, 0, [1] * 8)] * 200
+    pipe = Pipe([STARTED, opened(1)], *[repeated] * 10)
+    left: list[int] = []
+
+    class Watching(StageServer):
+        def handle(self, message: Message) -> Iterator[Message]:
+            left.append(len(pipe.portions))
+            return super().handle(message)
+
+    serve(pipe, Watching({"stub": (StubEngine, lambda settings, vocabulary: StubSampler())}))
+    # start and open, then the first step with all that was read for it
+    assert left[:3] == [10, 10, 8]
+    assert len(left) == 2 + 10 * 200
+    assert results_of(pipe) == [(1, 7)]
+
+
+def test_a_frame_that_does_not_fit_its_rows_ends_their_sequences() -> None:
+    """A node forwards rows unread; what is wrong with them must not cost the whole stage."""
+    server = engines()
+    start(server, config(2, 4))
+    good = Hidden(EPOCH, (Row(1, 0, 1, True),), WIDTH, Activations.FLOAT32, bytes(WIDTH * 4))
+    meta = msgpack.packb([EPOCH, [[1, 0, 1, True]], WIDTH, "float32"])
+    bad = b"".join(encode_frame(kind_of(Hidden), meta, b"short"))
+    ask(server, opened(1))
+    ask(server, opened(2))
+    other = dataclasses.replace(good, rows=(Row(2, 0, 1, True),))
+    pipe = Pipe(bad, [good, other])
+    serve(pipe, server)
+    report, answer = pipe.answers
+    assert "32 bytes" in error_of([report], 1).message
+    assert [result.sequence for result in tokens_of([answer]).results] == [2]
 
 
 def test_a_sampler_that_a_peer_made_up_is_refused() -> None:

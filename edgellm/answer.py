@@ -1,0 +1,131 @@
+"""What an answer is asked for with, and what it turns out to be: plain data. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.errors import UsageError
+from edgellm.figures import Figures
+from edgellm.runtime.pipeline import MadeToken
+from edgellm.types import Activations, EngineSettings, FinishReason, Mode, Plan, SamplerSettings
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_CHUNK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is to be loaded."""
+
+    stages: str | None = None
+    """A forced split such as ``a:0-3,b:3-5``; None lets the planner decide."""
+    use_all: bool = False
+    """Give every device a stage, as far as the model can be cut."""
+    exact: bool = False
+    """Reference mode: bit-equal to the whole model."""
+    activations: Activations | None = None
+    """None: float32 in reference mode, else float16."""
+    context: int | None = None
+    """KV cells of a sequence; None: what the model was trained for, 2048 at most."""
+    sequences: int = 1
+    chunk: int | None = None
+    """Tokens of a prompt that are computed in one call; None: by its length, 128 at most."""
+    kv_type: str = "f16"
+    threads: int = 0
+    """Of each stage; 0: what each device says."""
+
+    def settings(self, context_train: int) -> EngineSettings:
+        mode = Mode.REFERENCE if self.exact else Mode.NORMAL
+        usual = Activations.FLOAT32 if self.exact else Activations.FLOAT16
+        if self.exact and self.activations is Activations.FLOAT16:
+            raise UsageError("--exact needs float32 activations.", hint="Leave --activations out.")
+        return EngineSettings(
+            context=self.context or min(context_train, DEFAULT_CONTEXT),
+            sequences=self.sequences,
+            chunk=self.chunk or DEFAULT_CHUNK,
+            prompt_chunk=self.chunk or 0,
+            kv_type=self.kv_type,
+            mode=mode,
+            activations=self.activations or usual,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How one answer is to be made."""
+
+    max_tokens: int = 256
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    stop: tuple[str, ...] = ()
+    raw: bool = False
+    """The prompt is continued as it is, without the model's chat template."""
+    ignore_eos: bool = False
+    """Go on past the model's own end of text."""
+    deadline_s: float = 600.0
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added: ``text`` may be empty while a character is incomplete."""
+
+    text: str
+    made: MadeToken | None
+    """None for the last piece, which only flushes held-back text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    plan: Plan
+    figures: Figures
+    load_s: float
+    logits: tuple[NDArray[np.float32], ...] = ()
+    """float32 [vocabulary] a token, where they were asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``chat --json`` prints."""
+        return {
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "finish_reason": self.finish_reason.value,
+            "mode": self.plan.settings.mode.value,
+            "plan": plan_to_dict(self.plan),
+            "timings": {"load_s": round(self.load_s, 4), **self.figures.timings()},
+            "wire": self.figures.wire(),
+        }
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data; ``layers`` are [first, end)."""
+    settings = plan.settings
+    return {
+        "stages": [
+            {
+                "device": stage.device,
+                "device_id": stage.device_id,
+                "layers": [stage.span.first, stage.span.end],
+                "memory_bytes": stage.memory_bytes,
+            }
+            for stage in plan.stages
+        ],
+        "layers": plan.layers,
+        "settings": {
+            "context": settings.context,
+            "chunk": settings.chunk,
+            "kv_type": settings.kv_type,
+            "activations": settings.activations.value,
+            "flash_attention": settings.flash_attention,
+            "swa_full": settings.swa_full,
+        },
+        "why": plan.why,
+    }
