@@ -161,15 +161,15 @@ class Answer:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
         pipeline, clock = self._model.pipeline, asyncio.get_running_loop().time
-        due = clock() + self._options.deadline_s
+        asked = clock()
         try:
-            async with asyncio.timeout_at(due):
+            async with asyncio.timeout(self._options.deadline_s):
                 request = await self._model.request(self._prompt, self._options)
                 before = await Snapshot.take(pipeline)
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the request began.") from error
         started = clock()
-        request = replace(request, deadline_s=max(due - started, 0.001))
+        request = replace(request, spent_s=started - asked)
         async with pipeline.run(request) as running:
             async for piece in self._read(running):
                 self._texts.append(piece.text)

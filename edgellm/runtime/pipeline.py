@@ -57,6 +57,8 @@ class Request:
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     stop_tokens: frozenset[int] = frozenset()
     deadline_s: float = 600.0
+    spent_s: float = 0.0
+    """Of the deadline, before the request came here (making tokens of the text)."""
     logits: bool = False
     """Whether each token comes with the logits it was picked from."""
 
@@ -165,7 +167,7 @@ class Pipeline:
             hint="Give it more time with --deadline.",
         )
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.deadline_s
+        deadline = loop.time() + request.deadline_s - request.spent_s
         try:
             async with asyncio.timeout_at(deadline):
                 await self._slots.acquire()
@@ -225,7 +227,7 @@ class Pipeline:
                 self.plan.epoch,
                 running.sequence,
                 sampler_to_plain(request.sampler),
-                request.deadline_s,
+                max(request.deadline_s - request.spent_s, 0.0),
                 request.logits,
                 encode_tokens(request.prompt),
             )
