@@ -83,11 +83,8 @@ def local_devices(
 
 @contextlib.contextmanager
 def aside(devices: Sequence[LocalDevice]) -> Iterator[None]:
-    """Keep this process, and what it starts, off the processors that stages have for themselves.
-
-    Otherwise the work between two tokens lands where a stage computes, because the stages that wait
-    actively make their processors look busy. With no processor to spare it shares the last
-    stage's: while that computes, nothing else has anything to do.
+    """Keep this process, and what it starts, off the processors that stages have for themselves,
+    where others are left: the stages wait actively, so theirs look busy even when they are not.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
@@ -95,7 +92,7 @@ def aside(devices: Sequence[LocalDevice]) -> Iterator[None]:
     allowed = os.sched_getaffinity(0)
     spare = allowed - {number for device in devices for number in device.pin}
     try:
-        os.sched_setaffinity(0, spare or set(devices[-1].pin) & allowed or allowed)
+        os.sched_setaffinity(0, spare or allowed)
         yield
     finally:
         os.sched_setaffinity(0, allowed)
