@@ -124,13 +124,13 @@ def serve(channel: Pipe, server: Serving) -> None:
 
 
 def _read_ahead(channel: Pipe, decoder: FrameDecoder, waiting: deque[Frame]) -> bool:
-    """Read what is there, and the rest of a frame that has begun. False at the end of the pipe.
+    """Read what is there, without waiting for more. False at the end of the pipe.
 
     Only before chunks of a prompt: a step of one token computes too little to be worth it.
     """
     ahead = sum(len(frame.raw) for frame in waiting)
     while ahead < READ_AHEAD_BYTES and len(waiting) < READ_AHEAD_FRAMES:
-        if not decoder.buffered and not channel.has_input():
+        if not channel.has_input():
             break
         data = channel.read()
         if not data:
