@@ -45,7 +45,7 @@ def run(work: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loop where it is installed (extra ``fast``): a hop costs a third less with it."""
+    """uvloop's loop where it is installed (extra ``fast``): its hops are shorter."""
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:

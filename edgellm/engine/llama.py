@@ -211,7 +211,7 @@ class LlamaEngine:
         self._written = self._asked = 0
         shape = (total, len(rows))
         # Graphs of one shape ask about the same nodes. Looking at every name costs 3 % of a
-        # token, so most of those before the target are passed over; were it missed all the
+        # stage's time, so most of those before the target are passed over; were it missed all the
         # same, ``_hidden`` would say so.
         self._skip = 0 if self._input_node else self._found.get(shape, 0) * 7 // 8
         started = time.perf_counter()
