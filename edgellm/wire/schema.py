@@ -11,6 +11,7 @@ integers too, because JavaScript writes 1.0 as 1.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +27,9 @@ MAX_MAP = 64
 MAX_KEY = 64
 MAX_TEXT = 32 * 1024
 """Of any string at all; most fields allow far less."""
+FILE_ROLES = ("shard", "embedding")
+MAX_MANIFEST_BYTES = 64 << 20
+"""Of one file: enough for a terabyte of tensors."""
 NO_TOKEN = -1
 """The token of a ``Result`` that only acknowledges a chunk of which no output was wanted."""
 
@@ -58,6 +62,25 @@ class Result(NamedTuple):
     """Of the last token that went in; the sampled token's own position is one more."""
     token: int
     """The sampled token id, or ``NO_TOKEN``."""
+
+
+class PeerAddress(NamedTuple):
+    """Where a device can be reached. ``host`` is an address, with its scope where IPv6 needs it."""
+
+    device_id: str
+    name: str
+    host: str
+    port: int
+
+
+class FileWanted(NamedTuple):
+    """One file of a stage: ``role`` says what for, the manifest how to make it."""
+
+    role: str
+    """``shard`` or ``embedding``."""
+    manifest: str
+    """Digest of the manifest, 64 hex digits."""
+    manifest_bytes: int
 
 
 def integer(low: int = 0, high: int = MAX_INT) -> Check:
@@ -117,6 +140,29 @@ def activations(value: object) -> Activations:
             if value == known:
                 return known
     raise SchemaError(f"{_shown(value)} is no kind of activations")
+
+
+def digest(value: object) -> str:
+    """A SHA-256 as 64 lower-case hex digits: safe as a file's name."""
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+        raise SchemaError(f"{_shown(value)} is no SHA-256 digest")
+    return value
+
+
+def peer_address(value: object) -> PeerAddress:
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        raise SchemaError(f"{_shown(value)} is no address (device_id, name, host, port)")
+    device_id, name, host, port = value
+    return PeerAddress(_LABEL_64(device_id), _LABEL_64(name), _HOST(host), _PORT(port))
+
+
+def file_wanted(value: object) -> FileWanted:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise SchemaError(f"{_shown(value)} is no file (role, manifest, manifest_bytes)")
+    role, manifest, size = value
+    if role not in FILE_ROLES:
+        raise SchemaError(f"{_shown(role)} is none of {', '.join(FILE_ROLES)}")
+    return FileWanted(role, digest(manifest), _MANIFEST_BYTES(size))
 
 
 def scalar(value: object) -> int | float | bool | str:
@@ -236,5 +282,10 @@ def _shown(value: object) -> str:
 
 
 _KEY = label(MAX_KEY)
+_LABEL_64 = label(64)
+_HOST = label(255)
+_PORT = integer(1, 65535)
+_MANIFEST_BYTES = integer(1, MAX_MANIFEST_BYTES)
+_DIGEST = re.compile("[0-9a-f]{64}")
 _INT64 = integer(-(1 << 63), (1 << 63) - 1)
 _FINITE = number()

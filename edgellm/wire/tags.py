@@ -20,21 +20,33 @@ from edgellm.wire.tensors import LOGIT_BYTES, TOKEN_BYTES, rows_nbytes
 from edgellm.wire.vocabulary import (
     CloseSequence,
     DeviceInfo,
+    Echo,
+    EchoBack,
     ErrorReport,
+    FetchPiece,
     Hello,
     Hidden,
+    KnownPeers,
+    LinkMeasured,
     LoadProgress,
     LoadStage,
+    MeasureLink,
     Message,
     OpenSequence,
+    PieceData,
     Ping,
     Pong,
     QueryDevice,
+    QueryPeers,
+    QueryStages,
     QueryStats,
+    QueryTensors,
     StageReady,
+    StagesHeld,
     StageStats,
     StartEngine,
     Step,
+    TensorsHeld,
     Tokens,
     UnloadStage,
     Welcome,
@@ -44,6 +56,15 @@ NO_SEQUENCE = -1
 MAX_PROMPT_BYTES = 8 * 1024 * 1024
 MAX_STEP_TOKENS = 4096
 """The largest chunk that ``EngineSettings`` allows."""
+
+MAX_ECHO_BYTES = 1 << 20
+MAX_PIECE_BYTES = 1 << 20
+"""Twice the size of the pieces that this version asks for."""
+MAX_TENSORS = 1 << 14
+"""Digests in one question."""
+DIGEST_BYTES = 32
+MAX_PEERS = 256
+MAX_STAGES_HELD = 64
 
 # --- rules that concern more than one field -------------------------------------------
 
@@ -88,6 +109,16 @@ def _check_span(load: LoadStage) -> None:
             f"stage {load.index} of {load.stage_count} cannot hold layers"
             f" [{load.first}, {load.end}) of {load.layers}"
         )
+
+
+def _check_digests(query: QueryTensors) -> None:
+    if _nbytes(query.payload) % DIGEST_BYTES:
+        raise SchemaError("the digests asked for are no whole ones")
+
+
+def _check_piece(piece: PieceData) -> None:
+    if not piece.found and _nbytes(piece.payload):
+        raise SchemaError("bytes of a piece that was not found")
 
 
 def _check_progress(progress: LoadProgress) -> None:
@@ -139,6 +170,8 @@ _PEER = (
     ("device_id", schema.label(64)),
     ("software", schema.label(64)),
 )
+_REQUEST = ("request", schema.integer())
+_PEERS = schema.sequence_of(schema.peer_address, MAX_PEERS)
 _NONCE = ("nonce", schema.integer(0, (1 << 32) - 1))
 _WIDTH = ("width", schema.integer(1, 1 << 20))
 
@@ -198,6 +231,7 @@ _TABLE: Final = (
             ("cores", schema.integer(1, 1 << 16)),
             ("software", schema.label(64)),
             ("engines", schema.sequence_of(schema.label(64), 16)),
+            ("figures", schema.mapping_of(_stat)),
         ),
     ),
     Spec(
@@ -218,6 +252,8 @@ _TABLE: Final = (
             ("vocab", schema.integer(1, schema.MAX_TOKEN)),
             _DURATION,
             ("previous_id", schema.label(64)),
+            ("files", schema.sequence_of(schema.file_wanted, len(schema.FILE_ROLES))),
+            ("sources", _PEERS),
         ),
         _check_span,
     ),
@@ -267,6 +303,40 @@ _TABLE: Final = (
         _check_hidden,
     ),
     Spec(32, Tokens, (_EPOCH, ("results", schema.results)), _check_tokens),
+    Spec(50, QueryPeers, ()),
+    Spec(51, KnownPeers, (("peers", _PEERS),)),
+    Spec(52, Echo, (_NONCE,)),
+    Spec(53, EchoBack, (_NONCE,)),
+    Spec(54, MeasureLink, (_REQUEST, ("peer", schema.peer_address))),
+    Spec(
+        55,
+        LinkMeasured,
+        (
+            _REQUEST,
+            ("round_trip_s", schema.number(0.0)),
+            ("bytes_per_s", schema.number(0.0)),
+            ("problem", schema.label(500)),
+        ),
+    ),
+    Spec(56, QueryStages, ()),
+    Spec(
+        57,
+        StagesHeld,
+        (("stages", schema.sequence_of(schema.mapping_of(schema.tree), MAX_STAGES_HELD)),),
+    ),
+    Spec(60, QueryTensors, (_REQUEST,), _check_digests),
+    Spec(61, TensorsHeld, (_REQUEST,)),
+    Spec(
+        62,
+        FetchPiece,
+        (
+            _REQUEST,
+            ("digest", schema.digest),
+            ("offset", schema.integer()),
+            ("length", schema.integer(1, MAX_PIECE_BYTES)),
+        ),
+    ),
+    Spec(63, PieceData, (_REQUEST, ("found", schema.flag)), _check_piece),
     Spec(40, StartEngine, (("config", schema.mapping_of(schema.tree)),)),
 )
 BY_KIND: Final = MappingProxyType({spec.kind: spec for spec in _TABLE})
@@ -281,6 +351,10 @@ DEFAULT_PAYLOAD_LIMITS: Final[Mapping[int, int]] = MappingProxyType(
     {
         BY_TYPE[OpenSequence].kind: MAX_PROMPT_BYTES,
         BY_TYPE[Step].kind: MAX_STEP_TOKENS * TOKEN_BYTES,
+        BY_TYPE[Echo].kind: MAX_ECHO_BYTES,
+        BY_TYPE[QueryTensors].kind: MAX_TENSORS * DIGEST_BYTES,
+        BY_TYPE[TensorsHeld].kind: MAX_TENSORS,
+        BY_TYPE[PieceData].kind: MAX_PIECE_BYTES,
     }
 )
 """Largest payloads before there is a plan: no hidden rows, no logits."""

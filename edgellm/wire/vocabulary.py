@@ -9,12 +9,12 @@ one msgpack array in the order of the class; its payload, if it has one, raw beh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from edgellm.types import Activations
 from edgellm.wire.frames import VERSION, Buffer
-from edgellm.wire.schema import Result, Row
+from edgellm.wire.schema import FileWanted, PeerAddress, Result, Row
 
 PROTOCOL = VERSION
 """What ``Hello.protocol`` says: both sides must say the same."""
@@ -76,6 +76,101 @@ class DeviceInfo:
     cores: int
     software: str
     engines: tuple[str, ...]
+    figures: dict[str, int | float] = field(default_factory=dict)
+    """What it measured of itself, as ``probe.Figures.to_plain``; empty while nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPeers:
+    """Asks for ``KnownPeers``."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPeers:
+    """The devices that the sender reaches at the moment: hints for who looks for more."""
+
+    peers: tuple[PeerAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """To measure a link. Payload: any bytes."""
+
+    nonce: int
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class EchoBack:
+    """The answer to ``Echo``, with its nonce and without its payload."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLink:
+    """Asks a device to measure its link to another one; answered by ``LinkMeasured``."""
+
+    request: int
+    peer: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasured:
+    request: int
+    round_trip_s: float
+    """Of a frame of one token's size; 0 where the other device was not reached."""
+    bytes_per_s: float
+    problem: str
+    """Why it could not be measured; empty if it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueryStages:
+    """Asks for ``StagesHeld``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagesHeld:
+    """The stages that a device has loaded, each as plain data: see ``runtime.worker``."""
+
+    stages: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTensors:
+    """Which of these tensors can be fetched from you? Payload: 32 bytes of digest for each."""
+
+    request: int
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class TensorsHeld:
+    """Payload: a byte for each digest asked for, 1 where the tensor is here."""
+
+    request: int
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPiece:
+    """Asks for bytes ``[offset, offset + length)`` of the tensor, or manifest, with this digest."""
+
+    request: int
+    digest: str
+    """64 lower-case hex digits."""
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceData:
+    """The bytes asked for, as payload; none where ``found`` is false."""
+
+    request: int
+    found: bool
+    payload: Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +198,10 @@ class LoadStage:
     """Seconds from receipt; clocks differ between devices, durations do not."""
     previous_id: str = ""
     """Device id of the previous stage's node: only it may send hidden rows. First stage: empty."""
+    files: tuple[FileWanted, ...] = ()
+    """The files of this stage, to be made from tensors that are here or fetched; see ``store``."""
+    sources: tuple[PeerAddress, ...] = ()
+    """Devices that may hold some of the tensors, beside the coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +305,18 @@ Message: TypeAlias = (
     | ErrorReport
     | QueryDevice
     | DeviceInfo
+    | QueryPeers
+    | KnownPeers
+    | Echo
+    | EchoBack
+    | MeasureLink
+    | LinkMeasured
+    | QueryStages
+    | StagesHeld
+    | QueryTensors
+    | TensorsHeld
+    | FetchPiece
+    | PieceData
     | LoadStage
     | LoadProgress
     | StageReady

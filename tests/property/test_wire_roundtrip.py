@@ -75,6 +75,14 @@ def hidden(draw: st.DrawFn) -> m.Hidden:
     return m.Hidden(draw(ints), run, width, kind, draw(st.binary(min_size=1, max_size=1)) * size)
 
 
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
+addresses = st.builds(m.PeerAddress, labels, labels, labels, st.integers(1, 65535))
+address_lists = st.lists(addresses, max_size=4).map(tuple)
+wanted = st.builds(
+    m.FileWanted, st.sampled_from(["shard", "embedding"]), digests, st.integers(1, 64 << 20)
+)
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> m.LoadStage:
     first, more, rest = (draw(st.integers(0, 1000)) for _ in range(3))
@@ -93,6 +101,9 @@ def loads(draw: st.DrawFn) -> m.LoadStage:
         width=draw(st.integers(1, 1 << 20)),
         vocab=draw(st.integers(1, (1 << 31) - 1)),
         deadline_s=draw(durations),
+        previous_id=draw(labels),
+        files=draw(st.lists(wanted, max_size=2).map(tuple)),
+        sources=draw(address_lists),
     )
 
 
@@ -123,6 +134,7 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
         st.integers(1, 1 << 16),
         labels,
         st.lists(labels, max_size=16).map(tuple),
+        maps(ints | floats),
     ),
     loads(),
     st.tuples(ints, ints).map(lambda pair: m.LoadProgress(1, 2, "fetch", min(pair), max(pair))),
@@ -143,6 +155,19 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
     steps(),
     hidden(),
     st.builds(m.Tokens, ints, st.lists(tokens, min_size=1, max_size=20).map(tuple)),
+    st.builds(m.QueryPeers),
+    st.builds(m.KnownPeers, address_lists),
+    st.builds(m.Echo, st.integers(0, (1 << 32) - 1), st.binary(max_size=100)),
+    st.builds(m.EchoBack, st.integers(0, (1 << 32) - 1)),
+    st.builds(m.MeasureLink, ints, addresses),
+    st.builds(m.LinkMeasured, ints, durations, durations, labels),
+    st.builds(m.QueryStages),
+    st.builds(m.StagesHeld, st.lists(maps(trees), max_size=3).map(tuple)),
+    st.builds(m.QueryTensors, ints, st.lists(digests, max_size=4).map("".join).map(bytes.fromhex)),
+    st.builds(m.TensorsHeld, ints, st.binary(max_size=8)),
+    st.builds(m.FetchPiece, ints, digests, ints, st.integers(1, 1 << 20)),
+    st.builds(m.PieceData, ints, st.just(True), st.binary(max_size=100)),
+    st.builds(m.PieceData, ints, st.just(False), st.just(b"")),
     st.builds(m.StartEngine, st.dictionaries(labels, scalars | st.tuples(trees), max_size=4)),
 )
 
