@@ -2,7 +2,7 @@
 
 ::
 
-    async with Cluster.connect(peers=["192.168.1.7:7171"]) as cluster:
+    async with Cluster.open() as cluster:
         async with cluster.load("tinyllama.gguf") as model:
             async for piece in model.stream("Once upon a time"):
                 print(piece.text, end="")
@@ -14,31 +14,53 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
-from edgellm.engine.text import VocabularyInfo
-from edgellm.engine.textstream import IncrementalDecoder, StopMatcher
-from edgellm.errors import DeadlineError, EdgeError, NoPlanError, UsageError
-from edgellm.figures import Figures, Snapshot
-from edgellm.modelref import OpenedModel, Text, open_reference
-from edgellm.node import SOFTWARE, Node
-from edgellm.planner import DeviceOffer, parse_stages, plan_by_memory, plan_manual
-from edgellm.runtime.coordinator import Coordinator, ModelSource, Peer, Progress, new_epoch
-from edgellm.runtime.pipeline import MadeToken, Pipeline, Request, Running
+from edgellm import planner
+from edgellm.answer import DEFAULT_CHUNK, Completion, GenerateOptions, LoadOptions, Piece
+from edgellm.errors import EdgeError, NoPlanError, PeerLostError, UsageError
+from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
+from edgellm.modelref import OpenedModel, open_reference
+from edgellm.node import MEASURING, SOFTWARE, Node
+from edgellm.planner import (
+    DeviceOffer,
+    DeviceSpeed,
+    Explained,
+    Links,
+    Situation,
+    Workload,
+    parse_stages,
+    plan_as_asked,
+    plan_for,
+)
+from edgellm.probe import DeviceFigures
+from edgellm.runtime.coordinator import (
+    Coordinator,
+    Link,
+    ModelSource,
+    Peer,
+    Progress,
+    new_epoch,
+)
 from edgellm.runtime.session import Introduction
-from edgellm.settings import NodeSettings
+from edgellm.runtime.shares import Share, share_model
+from edgellm.scheduler.generation import prompt_chunk
+from edgellm.settings import NodeSettings, default_home, is_name
+from edgellm.store.digests import TensorDigests
 from edgellm.store.home import HomeBusyError
 from edgellm.transport.base import Transport
 from edgellm.transport.tcp import TcpTransport
 from edgellm.types import (
     DeviceId,
-    FinishReason,
     Plan,
 )
+from edgellm.wire.messages import DeviceInfo, LoadProgress, PeerAddress
 
 __all__ = [
     "Answer",
@@ -54,179 +76,66 @@ __all__ = [
     "plan_over",
 ]
 
-Messages: TypeAlias = Sequence[dict[str, Any]]
-"""Chat messages, each with ``role`` and ``content``."""
-Prompt: TypeAlias = str | Messages | Sequence[int]
-"""Text, chat messages, or token ids."""
+THIS_DEVICE = "this device"
+DISCOVERY_WAIT_S = 2.0
+"""How long to look for devices before going on with those that were found."""
+QUIET_S = 0.7
+"""How long nothing new must be found for the search to end sooner."""
+LOOK_EVERY_S = 0.05
+MEASURE_WAIT_S = 5.0
+"""How long a plan waits for devices that are measuring themselves."""
 
-COORDINATOR_NAME = "coordinator"
 
+def explain(
+    opened: OpenedModel,
+    offers: Sequence[DeviceOffer],
+    options: LoadOptions,
+    situation: Situation | None = None,
+) -> Explained:
+    """The plan for a model over what devices offer, with its reasons and what it will take. Pure.
 
-def plan_over(opened: OpenedModel, offers: Sequence[DeviceOffer], options: LoadOptions) -> Plan:
-    """The plan for a model over what devices offer. Pure; raises SplitError or NoPlanError."""
+    Raises SplitError or NoPlanError.
+    """
     settings = options.settings(opened.context_train)
     epoch = new_epoch()
     if options.stages is not None:
-        return plan_manual(opened.card, offers, parse_stages(options.stages), settings, epoch)
-    return plan_by_memory(opened.card, offers, settings, epoch, use_all=options.use_all)
+        stages = parse_stages(options.stages)
+        return plan_as_asked(opened.card, offers, stages, settings, epoch, situation)
+    return plan_for(opened.card, offers, settings, epoch, situation, use_all=options.use_all)
 
 
-class LoadedModel:
-    """A model that is loaded over its devices. Made by ``Cluster.load``."""
-
-    def __init__(
-        self,
-        opened: OpenedModel,
-        pipeline: Pipeline,
-        text: Text,
-        vocabulary: VocabularyInfo,
-        load_s: float,
-    ) -> None:
-        self.opened = opened
-        self.pipeline = pipeline
-        self.load_s = load_s
-        self._text = text
-        self._vocabulary = vocabulary
-
-    @property
-    def plan(self) -> Plan:
-        return self.pipeline.plan
-
-    async def prompt_tokens(self, prompt: str | Messages, raw: bool = False) -> list[int]:
-        """Token ids of a text, or of chat messages by the model's template."""
-        template = self.opened.chat_template
-        if isinstance(prompt, str) and (raw or template is None):
-            return await self._text.tokenize(prompt, add_special=True, parse_special=False)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if template is None:
-            raise UsageError(
-                f"{self.opened.name} has no chat template.", hint="Give a text, with --raw."
-            )
-        rendered = await self._text.render_chat(template, list(messages))
-        bos = self._vocabulary.bos_text
-        begins = bool(bos) and rendered.startswith(bos)
-        return await self._text.tokenize(rendered, add_special=not begins, parse_special=True)
-
-    def answer(self, prompt: Prompt, options: GenerateOptions | None = None) -> Answer:
-        """An answer to be streamed, with its figures afterwards."""
-        return Answer(self, prompt, options or GenerateOptions())
-
-    async def stream(
-        self, prompt: Prompt, options: GenerateOptions | None = None
-    ) -> AsyncIterator[Piece]:
-        """Generate, piece by piece."""
-        async with contextlib.aclosing(self.answer(prompt, options).pieces()) as pieces:
-            async for piece in pieces:
-                yield piece
-
-    async def complete(self, prompt: Prompt, options: GenerateOptions | None = None) -> Completion:
-        """Generate all of it."""
-        answer = self.answer(prompt, options)
-        async for _ in answer.pieces():
-            pass
-        return answer.completion()
-
-    async def pieces_of(self, tokens: Sequence[int]) -> list[bytes]:
-        """The bytes that tokens stand for."""
-        return await self._text.pieces(tokens)
-
-    async def request(self, prompt: Prompt, options: GenerateOptions) -> Request:
-        """The prompt as tokens, with everything that the pipeline must know."""
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            tokens = list(cast(Sequence[int], prompt))
-        else:
-            tokens = await self.prompt_tokens(cast(str | Messages, prompt), options.raw)
-        return Request(
-            prompt=tuple(tokens),
-            max_tokens=options.max_tokens,
-            sampler=options.sampler,
-            stop_tokens=frozenset() if options.ignore_eos else self._vocabulary.eog,
-            deadline_s=options.deadline_s,
-            logits=options.logits,
-        )
-
-
-class Answer:
-    """One answer under way: iterate ``pieces()`` once, then ask for the ``completion()``."""
-
-    def __init__(self, model: LoadedModel, prompt: Prompt, options: GenerateOptions) -> None:
-        self._model = model
-        self._prompt = prompt
-        self._options = options
-        self._texts: list[str] = []
-        self._made: list[MadeToken] = []
-        self._finish = FinishReason.CANCELLED
-        self._figures: Figures | None = None
-
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The answer as it comes. Leaving early cancels it on all devices."""
-        pipeline, clock = self._model.pipeline, asyncio.get_running_loop().time
-        asked = clock()
-        try:
-            async with asyncio.timeout(self._options.deadline_s):
-                request = await self._model.request(self._prompt, self._options)
-                before = await Snapshot.take(pipeline)
-        except TimeoutError as error:
-            raise DeadlineError("the deadline passed before the request began.") from error
-        started = clock()
-        request = replace(request, spent_s=started - asked)
-        async with pipeline.run(request) as running:
-            async for piece in self._read(running):
-                self._texts.append(piece.text)
-                if piece.made is not None:
-                    self._made.append(piece.made)
-                yield piece
-        self._finish = running.finish or FinishReason.CANCELLED
-        self._figures = Figures(
-            plan=pipeline.plan,
-            coordinator=COORDINATOR_NAME,
-            prompt_tokens=len(request.prompt),
-            token_times=tuple(made.at - started for made in self._made),
-            before=before,
-            after=await _after(pipeline, before),
-        )
-
-    async def _read(self, running: Running) -> AsyncGenerator[Piece, None]:
-        decoder, matcher = IncrementalDecoder(), StopMatcher(self._options.stop)
-        async for made in running.tokens():
-            data = (await self._model.pieces_of([made.token]))[0]
-            yield Piece(matcher.feed(decoder.feed(data)), made)
-            if matcher.matched is not None:
-                running.stop(FinishReason.STOP)
-                break
-        rest = matcher.feed(decoder.finish()) + matcher.finish()
-        if rest:
-            yield Piece(rest, None)
-
-    def completion(self) -> Completion:
-        """Text and figures; after ``pieces`` has ended."""
-        if self._figures is None:
-            raise UsageError("the answer is not complete yet.")
-        return Completion(
-            text="".join(self._texts),
-            tokens=tuple(made.token for made in self._made),
-            logits=tuple(made.logits for made in self._made if made.logits is not None),
-            finish_reason=self._finish,
-            plan=self._model.plan,
-            figures=self._figures,
-            load_s=self._model.load_s,
-        )
-
-
-async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:
-    """The counters now. A device that is lost after the answer does not take the answer away:
-    its figures are then as if nothing had been counted."""
-    try:
-        return await Snapshot.take(pipeline)
-    except EdgeError:
-        return before
+def plan_over(opened: OpenedModel, offers: Sequence[DeviceOffer], options: LoadOptions) -> Plan:
+    """The plan alone, where neither devices nor links were measured."""
+    return explain(opened, offers, options).plan
 
 
 class Cluster:
-    """Devices we are connected to. Make it with ``Cluster.connect``."""
+    """Devices we are connected to. Make it with ``Cluster.open`` or ``Cluster.connect``."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, own: Node | None, cache: Path) -> None:
         self._coordinator = coordinator
+        self._own = own
+        self._digests = TensorDigests(cache / "digests")
+        self._links: dict[tuple[str, str], Link] = {}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls,
+        peers: Sequence[str] = (),
+        *,
+        local: NodeSettings | None = None,
+        wait_s: float = DISCOVERY_WAIT_S,
+    ) -> AsyncIterator[Cluster]:
+        """Start this device's node, unless it runs already, and connect to all devices found.
+
+        ``peers`` must be there (PeerLostError); others that are found within ``wait_s`` seconds are
+        welcome. ``local`` says how this device takes part; by default with all it has.
+        """
+        local = local or NodeSettings(name=device_name(), home=default_home(), discovery=True)
+        async with cls.connect(peers, local=local) as cluster:
+            await cluster.find(wait_s if local.discovery else 0.0)
+            yield cluster
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -248,6 +157,7 @@ class Cluster:
         own = node or (Node(local, transport=transport) if local else None)
         device_id = own.device_id if own else "0" * 64
         coordinator = Coordinator(transport, Introduction(name, device_id, SOFTWARE))
+        cache = (local.home if local else default_home()) / "cache"
         try:
             if own is not None:
                 try:
@@ -257,20 +167,98 @@ class Cluster:
                     if not busy.address:
                         raise
                     own = None
-                    await coordinator.connect(*parse_address(busy.address))
+                    await coordinator.connect(*parse_address(busy.address), how=THIS_DEVICE)
                 else:
-                    await coordinator.connect(*own.address, via=own.direct())
+                    await coordinator.connect(*own.address, via=own.direct(), how=THIS_DEVICE)
             for host, port in addresses:
-                await coordinator.connect(host, port)
-            yield cls(coordinator)
+                await coordinator.connect(host, port, how="told")
+            yield cls(coordinator, own, cache)
         finally:
             await coordinator.close()
             if own is not None:
                 await own.close()
 
+    async def find(self, wait_s: float) -> None:
+        """Connect to the devices that this one's node finds within ``wait_s`` seconds.
+
+        Ends sooner when it found some and then nothing new for a while. A device that does not
+        answer is left out.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        news = loop.time()
+        tried: set[str] = set()
+        while loop.time() < until and (not tried or loop.time() < news + QUIET_S):
+            fresh = [found for found in await self._found() if found.device_id not in tried]
+            tried |= {found.device_id for found in fresh}
+            if fresh:
+                await asyncio.gather(*map(self._join, fresh))
+                news = loop.time()
+            await asyncio.sleep(min(LOOK_EVERY_S, max(0.0, until - loop.time())))
+
+    async def _found(self) -> Sequence[PeerAddress]:
+        """The devices that this one's node reaches, whether it is ours or another process's."""
+        here = next((peer for peer in self.devices() if peer.how == THIS_DEVICE), None)
+        if self._own is not None:
+            found: Sequence[PeerAddress] = self._own.neighbours.known()
+        elif here is not None:
+            found = await self._coordinator.questions.peers(here.session)
+        else:
+            return ()
+        known = {peer.info.device_id for peer in self.devices()}
+        return [peer for peer in found if peer.device_id not in known]
+
+    async def _join(self, found: PeerAddress) -> None:
+        with contextlib.suppress(EdgeError):  # it was there a moment ago; it may be gone
+            await self._coordinator.connect(found.host, found.port, how="found")
+
     def devices(self) -> list[Peer]:
         """Connected devices, in the order they were connected."""
         return list(self._coordinator.peers.values())
+
+    async def refreshed(self, wait_s: float = 0.0) -> list[Peer]:
+        """Connected devices with what they say of themselves now.
+
+        Waits up to ``wait_s`` seconds for those that are still measuring themselves.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while True:
+            for peer in self.devices():
+                with contextlib.suppress(PeerLostError):
+                    await self._coordinator.refresh(peer)
+            measuring = [p for p in self.devices() if p.info.figures.get(MEASURING)]
+            if not measuring or loop.time() >= until:
+                return self.devices()
+            await asyncio.sleep(0.1)
+
+    async def links(self) -> list[Link]:
+        """The links between all connected devices, both ways; measured now or a while ago.
+
+        In rounds, so that no device measures two at once.
+        """
+        peers = self.devices()
+        for offset in range(1, len(peers)):
+            pairs = [(source, peers[(at + offset) % len(peers)]) for at, source in enumerate(peers)]
+            missing = [pair for pair in pairs if _names(pair) not in self._links]
+            for found in await asyncio.gather(
+                *[self._coordinator.measure_link(*pair) for pair in missing],
+                return_exceptions=True,
+            ):
+                if isinstance(found, Link):
+                    self._links[found.source, found.target] = found
+                elif not isinstance(found, EdgeError):
+                    raise found
+        return list(self._links.values())
+
+    async def stages(self) -> list[dict[str, Any]]:
+        """The stages that the connected devices have loaded, for anybody."""
+        held = []
+        for peer in self.devices():
+            with contextlib.suppress(PeerLostError):
+                stages = await self._coordinator.questions.stages(peer.session)
+                held += [{"device": peer.info.name, **stage} for stage in stages]
+        return held
 
     def offers(self, engine: str) -> list[DeviceOffer]:
         """What the devices that have ``engine`` offer to a plan. Raises NoPlanError without any."""
@@ -280,7 +268,37 @@ class Cluster:
                 f"no connected device has the engine {engine!r}.",
                 hint="Install it on at least one: pip install 'edgellm[llama]'.",
             )
-        return [DeviceOffer(i.name, DeviceId(i.device_id), i.memory_free) for i in infos]
+        return [
+            DeviceOffer(info.name, DeviceId(info.device_id), info.memory_free, speed_of(info))
+            for info in infos
+        ]
+
+    async def plan(self, model: str | OpenedModel, options: LoadOptions | None = None) -> Explained:
+        """The plan that ``load`` would follow, from what devices and links were measured to do.
+
+        Waits a few seconds for devices that are still measuring themselves. Raises SplitError or
+        NoPlanError.
+        """
+        opened = await self._opened(model)
+        await self.refreshed(MEASURE_WAIT_S)
+        links = await self.links()
+        ids = {peer.info.name: DeviceId(peer.info.device_id) for peer in self.devices()}
+        known = {
+            (ids[link.source], ids[link.target]): planner.Link(link.round_trip_s, link.bytes_per_s)
+            for link in links
+            if not link.problem and link.bytes_per_s > 0 and {link.source, link.target} <= set(ids)
+        }
+        here = next((p.info.device_id for p in self.devices() if p.how == THIS_DEVICE), None)
+        workload = Workload(chunk=prompt_chunk(Workload().prompt_tokens, DEFAULT_CHUNK))
+        situation = Situation(
+            Links(MappingProxyType(known)), workload, None if here is None else DeviceId(here)
+        )
+        options = options or LoadOptions()
+        return explain(opened, self.offers(opened.engine), options, situation)
+
+    @staticmethod
+    async def _opened(model: str | OpenedModel) -> OpenedModel:
+        return await asyncio.to_thread(open_reference, model) if isinstance(model, str) else model
 
     @contextlib.asynccontextmanager
     async def load(
@@ -293,17 +311,17 @@ class Cluster:
     ) -> AsyncIterator[LoadedModel]:
         """Plan (unless given a plan), load, and free it again on leaving."""
         started = time.perf_counter()
-        if isinstance(model, str):
-            opened = await asyncio.to_thread(open_reference, model)
-        else:
-            opened = model
-        plan = plan or plan_over(opened, self.offers(opened.engine), options or LoadOptions())
-        source = ModelSource(opened.engine, opened.path, opened.digest, opened.width, opened.vocab)
+        opened = await self._opened(model)
+        plan = plan or (await self.plan(opened, options)).plan
+        source = ModelSource(
+            opened.engine, opened.name, opened.path, opened.digest, opened.width, opened.vocab
+        )
         text = await opened.text()
         pieces = asyncio.create_task(text.preload())
         try:
             vocabulary = await text.info()
-            pipeline = await self._coordinator.load(plan, source, progress)
+            share = await self._share(opened, plan, progress)
+            pipeline = await self._coordinator.load(plan, source, progress, share)
             try:
                 await pieces
                 load_s = time.perf_counter() - started
@@ -314,6 +332,47 @@ class Cluster:
             pieces.cancel()
             await asyncio.gather(pieces, return_exceptions=True)
             await text.stop()
+
+    async def _share(
+        self, opened: OpenedModel, plan: Plan, progress: Progress | None
+    ) -> Share | None:
+        """What the devices of a plan may have to fetch from us; None where nobody has to."""
+        if opened.model is None:
+            return None
+        peers = self._coordinator.peers
+        if len(plan.stages) == 1 and peers[plan.stages[0].device].session.local:
+            return None  # it reads the model's own file
+        loop = asyncio.get_running_loop()
+
+        def hashed(done: int, total: int) -> None:  # called in a thread
+            if progress is not None:
+                message = LoadProgress(plan.epoch, 0, "hash", done, total)
+                loop.call_soon_threadsafe(progress, plan.stages[0].device, message)
+
+        spans = [stage.span for stage in plan.stages]
+        return await share_model(opened.model, spans, self._digests, hashed)
+
+
+def speed_of(info: DeviceInfo) -> DeviceSpeed | None:
+    """How fast a device says that it is; None where it did not measure itself."""
+    figures = DeviceFigures.from_plain(info.figures)
+    if not figures.decode_bytes_per_s or not figures.prefill_flops_per_s:
+        return None
+    return DeviceSpeed(
+        figures.decode_bytes_per_s,
+        figures.prefill_flops_per_s,
+        figures.step_overhead_s or 0.0,
+    )
+
+
+def _names(pair: tuple[Peer, Peer]) -> tuple[str, str]:
+    return pair[0].info.name, pair[1].info.name
+
+
+def device_name() -> str:
+    """What this device is called unless somebody says otherwise: its host name, made typeable."""
+    name = re.sub(r"[\s:,]", "-", socket.gethostname().partition(".")[0])[:64]
+    return name if is_name(name) else "device"
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -89,6 +89,12 @@ class PeerLostError(DeviceError):
     code = "peer_lost"
 
 
+class FetchError(DeviceError):
+    """The tensors of a stage could not be had from any device."""
+
+    code = "fetch_failed"
+
+
 class DeadlineError(DeviceError):
     """A request did not finish within its deadline."""
 
@@ -149,7 +155,8 @@ class UnsupportedModelError(ModelFileError):
 def _all_errors(base: type[EdgeError]) -> dict[str, type[EdgeError]]:
     found = {base.code: base}
     for sub in base.__subclasses__():
-        found.update(_all_errors(sub))
+        if sub.__module__ == __name__:  # others may be made differently, and stay on their device
+            found.update(_all_errors(sub))
     return found
 
 

@@ -35,6 +35,14 @@ class LocalDevice:
     memory_bytes: int
     threads: int = 1
     pin: tuple[int, ...] = ()
+    peers: tuple[str, ...] = ()
+    """``HOST:PORT`` of nodes to connect to."""
+    discovery: bool = False
+    """Whether it finds others, and they find it: a demo should meet nobody."""
+    probe: bool = False
+    """Whether it measures its speed, unless that is known."""
+    home: Path | None = None
+    """None: a folder that does not outlive it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,8 @@ async def local_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[list[Lo
         started: list[asyncio.subprocess.Process] = []
         try:
             for device in devices:
-                started.append(await _spawn(device, Path(folder) / device.name))  # noqa: PERF401
+                home = device.home or Path(folder) / device.name
+                started.append(await _spawn(device, home))
             yield await _addressed(devices, started)
         finally:
             await asyncio.shield(_stop_all(started))
@@ -141,6 +150,10 @@ async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
         "--name", device.name, "--home", str(home), "--listen", "127.0.0.1", "--port", "0",
         "--memory", str(device.memory_bytes), "--threads", str(device.threads),
     ]  # fmt: skip
+    command.append("--discovery" if device.discovery else "--no-discovery")
+    command.append("--probe" if device.probe else "--no-probe")
+    for peer in device.peers:
+        command += ["--peer", peer]
     if device.pin:
         command += ["--pin", ",".join(map(str, device.pin))]
     # Twins of options are meant for the command that was typed, not for the nodes it starts.

@@ -15,7 +15,8 @@ from edgellm.engine.text import TextService, VocabularyInfo
 from edgellm.errors import ModelFileError, UsageError
 from edgellm.modelfile import ModelCard as GgufCard
 from edgellm.modelfile import read_card
-from edgellm.planner import ModelCard, StageMemory
+from edgellm.modelfile.model import Model
+from edgellm.planner import ModelCard, StageMemory, StageWork
 from edgellm.types import EngineSettings, LayerSpan
 
 DEMO_FILE = "edgellm-demo.gguf"
@@ -55,6 +56,8 @@ class OpenedModel:
     vocab: int
     context_train: int
     chat_template: str | None
+    model: Model | None = None
+    """The file's header, where there is a file."""
 
     async def text(self) -> Text:
         """Start what turns text into tokens; the caller stops it."""
@@ -87,6 +90,7 @@ def open_reference(model: str) -> OpenedModel:
         vocab=card.n_vocab,
         context_train=card.context_train,
         chat_template=card.chat_template,
+        model=card.model,
     )
 
 
@@ -99,6 +103,15 @@ class _StubMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class _StubWork:
+    decode_bytes: int
+    prefill_flops: int
+    head_bytes: int = 0
+    scan_bytes: int = 0
+    scan_flops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StubCard:
     """A model of ``n_layers`` that weighs a mebibyte a layer and may be cut anywhere."""
 
@@ -108,8 +121,15 @@ class StubCard:
     def boundaries(self) -> tuple[int, ...]:
         return tuple(range(1, self.n_layers))
 
+    @property
+    def n_embd(self) -> int:
+        return STUB_WIDTH
+
     def span_problem(self, span: LayerSpan) -> str | None:
         return None
+
+    def stage_work(self, span: LayerSpan, settings: EngineSettings, cached: int) -> StageWork:
+        return _StubWork(decode_bytes=len(span) << 20, prefill_flops=len(span) << 21)
 
     def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> StageMemory:
         return _StubMemory(len(span) << 20)

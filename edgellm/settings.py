@@ -27,6 +27,7 @@ class NodeSettings:
     home: Path
     """Holds the node's identity and shards; two homes on one machine are two devices."""
     listen: str = LOOPBACK
+    """An address of this machine; 0.0.0.0 is all its IPv4 ones, :: all it has."""
     port: int = 0
     """0 lets the system choose."""
     memory_bytes: int = 0
@@ -35,25 +36,49 @@ class NodeSettings:
     """Threads of a stage on this device; 0: one a core."""
     pin: tuple[int, ...] = ()
     """Processors that stages of this device are pinned to; empty: not pinned."""
+    peers: tuple[tuple[str, int], ...] = ()
+    """(host, port) of devices to connect to; hosts may be names."""
+    discovery: bool = False
+    """Whether to announce this device, and to look for others, by mDNS and where they were last."""
+
+    cache_bytes: int = 0
+    """Most disk for parts of models; 0: half of what is free."""
+    probe: Path | None = None
+    """Folder with what was measured of this machine, to be measured if it is not there; None: this
+    device's speed stays unknown."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or not self.name.isprintable():
+        if not is_name(self.name):
             raise UsageError(
                 f"{self.name[:80]!r} cannot be a device's name.",
                 hint="Use 1 to 64 characters without spaces, colons and commas.",
             )
-        if not _is_loopback(self.listen):
+        if self.listen != "localhost" and not _is_address(self.listen):
             raise UsageError(
-                f"a node cannot listen on {self.listen} yet: there is no pairing, no encryption.",
-                hint=f"Leave --listen out, or use {LOOPBACK} or ::1.",
+                f"{self.listen[:80]!r} is no address to listen on.",
+                hint=f"Use one of this machine's, {LOOPBACK}, or 0.0.0.0 for all networks.",
             )
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines can connect."""
+        return not _is_loopback(self.listen)
+
+
+def is_name(text: str) -> bool:
+    """Whether a device may be called so: it is typed in commands and shown in terminals."""
+    return text.isprintable() and _NAME.fullmatch(text) is not None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return not ipaddress.ip_address(host).is_multicast
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
 def default_home() -> Path:

@@ -1,22 +1,21 @@
-"""Decode and prefill of a model in stages against the whole model, in interleaved pairs.
+"""Decode and prefill of a model in stages against the whole model on one thread.
 
-Each stage and the whole model have one thread, pinned where the system allows it. A pair is one
-run of each, back to back, in turn first; the ratio of a pair cancels the machine's drift. What is
-reported of a ratio is the median over the pairs.
+Each stage and the whole model have one thread, pinned where the system allows it.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
-from edgellm.answer import Completion, GenerateOptions, LoadOptions
+from edgellm.answer import LoadOptions
+from edgellm.bench.pairs import Case, Result, Tell, context_for, measure_case
 from edgellm.client import Cluster, LoadedModel
+from edgellm.engine.child import Child
 from edgellm.engine.childcall import ChildCaller
 from edgellm.localcluster import (
     LocalDevice,
@@ -28,100 +27,21 @@ from edgellm.localcluster import (
 )
 from edgellm.modelfile import read_card
 from edgellm.modelref import OpenedModel
-from edgellm.types import SamplerSettings
+from edgellm.types import Plan
 
-WHOLE_CHUNK = 512
 LOAD_WITHIN_S = 300.0
-RUN_WITHIN_S = 600.0
+WHOLE_CHUNK = 512
+"""Tokens of a prompt that plain llama.cpp computes at once, as it does when left alone."""
 DECODE_PROMPT = 32
 EVERYTHING_ELSE = 100 << 20
 """Bytes that a stage process may take beside its shard, KV cache and compute buffer."""
 PREDICTED_WITHIN = 0.10
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One thing to measure."""
-
-    name: str
-    prompt: int
-    count: int
-    figure: str
-    """``tpot_s`` or ``ttft_s``."""
-    target: float
-    """For ``tpot_s`` at most this ratio (ours / whole); for ``ttft_s`` at least (whole / ours)."""
-
-    @property
-    def speedup(self) -> bool:
-        return self.figure == "ttft_s"
-
-    @property
-    def cells(self) -> int:
-        """KV cells it needs: the last token made is not fed back."""
-        return self.prompt + self.count - 1
-
 
 CASES = (
-    Case("decode", DECODE_PROMPT, 64, "tpot_s", 1.10),
-    Case("prefill 512", 512, 1, "ttft_s", 1.40),
-    Case("prefill 2048", 2048, 1, "ttft_s", 1.70),
+    Case("decode", DECODE_PROMPT, 64, "tpot_s", 1.10, speedup=False),
+    Case("prefill 512", 512, 1, "ttft_s", 1.40, speedup=True),
+    Case("prefill 2048", 2048, 1, "ttft_s", 1.70, speedup=True),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One run of each, seconds."""
-
-    whole_s: float
-    ours_s: float
-    compute_s: float
-    """Of ours: inside ``llama_decode``; of all stages together for decode, of the busiest stage for
-    prefill, where stages work at the same time."""
-    returned_bytes: float
-
-    @property
-    def other_s(self) -> float:
-        """Everything else: Python, pipes, the network, waiting for one another."""
-        return self.ours_s - self.compute_s
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    case: Case
-    pairs: tuple[Pair, ...]
-
-    @property
-    def ratios(self) -> list[float]:
-        if self.case.speedup:
-            return [pair.whole_s / pair.ours_s for pair in self.pairs]
-        return [pair.ours_s / pair.whole_s for pair in self.pairs]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
-
-    @property
-    def met(self) -> bool:
-        return (
-            self.ratio >= self.case.target
-            if self.case.speedup
-            else (self.ratio <= self.case.target)
-        )
-
-    def median(self, name: str) -> float:
-        return float(statistics.median(getattr(pair, name) for pair in self.pairs))
-
-    def to_dict(self) -> dict[str, Any]:
-        names = ("whole_s", "ours_s", "compute_s", "other_s", "returned_bytes")
-        return {
-            "name": self.case.name,
-            "ratio": round(self.ratio, 4),
-            "ratios": [round(ratio, 4) for ratio in self.ratios],
-            "target": self.case.target,
-            "met": self.met,
-            **{name: round(self.median(name), 6) for name in names},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +49,23 @@ class Bench:
     """What one run is to measure."""
 
     opened: OpenedModel
-    stages: int = 2
+    cases: tuple[Case, ...] = CASES
+    devices: int = 2
     pairs: int = 7
     chunk: int | None = None
-    cases: tuple[Case, ...] = CASES
+    stages: str | None = None
+    """A forced split such as ``a:0-11,b:11-``; None: one by memory, with all devices."""
+
+    @property
+    def options(self) -> LoadOptions:
+        """How the stages are loaded."""
+        return LoadOptions(
+            stages=self.stages,
+            use_all=True,
+            context=context_for(self.cases),
+            chunk=self.chunk,
+            threads=1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +98,11 @@ class StageMemory:
 class Report:
     results: tuple[Result, ...]
     memory: tuple[StageMemory, ...]
+    plan: Plan
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "layers": [[stage.span.first, stage.span.end] for stage in self.plan.stages],
             "results": [result.to_dict() for result in self.results],
             "memory": [stage.to_dict() for stage in self.memory],
         }
@@ -175,98 +110,97 @@ class Report:
 
 async def measure(bench: Bench, tell: Tell) -> Report:
     """Run the whole bench; minutes at the default counts."""
-    processors = our_processors()
-    context = max(case.cells for case in bench.cases)
-    context += -context % 256
-    whole = await ChildCaller.start("edgellm.bench.whole", name="the whole model")
-    try:
-        await whole.call(
-            "load",
-            LOAD_WITHIN_S,
-            path=bench.opened.path,
-            context=context,
-            threads=1,
-            chunk=WHOLE_CHUNK,
-            pin=list(processors[:1]),
-        )
-        devices = local_devices(
-            bench.stages,
-            memory_bytes=psutil.virtual_memory().available,
-            processors=processors,
-            threads=1,
-        )
+    async with whole_model(bench, our_processors()[:1]) as whole:
+        devices = bench_devices(bench)
         with aside(devices):
-            return await _measure_over(bench, devices, context, whole, tell)
-    finally:
-        await whole.stop()
+            async with (
+                our_cluster(devices) as cluster,
+                cluster.load(bench.opened, bench.options) as model,
+            ):
+                results = [
+                    await measure_case(case, bench.pairs, whole, model, tell)
+                    for case in bench.cases
+                ]
+                return Report(tuple(results), await _memory(bench, model), model.plan)
 
 
-async def _measure_over(
-    bench: Bench, devices: Sequence[LocalDevice], context: int, whole: ChildCaller, tell: Tell
-) -> Report:
-    """The first device is a node of this process, as when somebody chats; the others are not."""
-    options = LoadOptions(use_all=True, context=context, chunk=bench.chunk, threads=1)
+def bench_devices(bench: Bench) -> list[LocalDevice]:
+    """Devices of one thread each that share this machine's memory and processors."""
+    return local_devices(
+        bench.devices,
+        memory_bytes=psutil.virtual_memory().available,
+        processors=our_processors(),
+        threads=1,
+    )
+
+
+@asynccontextmanager
+async def our_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[Cluster]:
+    """The first device is a node of this process, as when somebody chats; the others are not.
+    Their homes are new and empty, and do not outlive them."""
     async with (
         own_node(devices[0]) as local,
         local_cluster(devices[1:]) as nodes,
         Cluster.connect([node.address for node in nodes], local=local) as cluster,
-        cluster.load(bench.opened, options) as model,
     ):
-        results = [
-            await _measure_case(case, bench.pairs, whole, model, tell) for case in bench.cases
-        ]
-        stats = await model.pipeline.stats()
-        card = read_card(bench.opened.path)
-        memory: list[StageMemory] = []
-        if not any(case.speedup for case in bench.cases):
-            return Report(tuple(results), ())  # the peak is that of a full prefill
-        for stage, figures in zip(model.plan.stages, stats, strict=True):
-            parts = card.stage_memory(stage.span, model.plan.settings)
-            allowed = parts.weights + parts.kv + parts.compute + EVERYTHING_ELSE
-            peak = int(figures["peak_bytes"])
-            memory.append(StageMemory(stage.device, stage.memory_bytes, peak, allowed))
-    return Report(tuple(results), tuple(memory))
+        yield cluster
 
 
-async def _measure_case(
-    case: Case, pairs: int, whole: ChildCaller, model: LoadedModel, tell: Tell
-) -> Result:
-    generator = random.Random(1)
-    prompt = [generator.randrange(3, model.opened.vocab) for _ in range(case.prompt)]
-
-    async def run_whole(count: int) -> float:
-        answer = await whole.call("run", RUN_WITHIN_S, prompt=prompt, count=count)
-        return float(answer[case.figure])
-
-    async def run_ours(count: int) -> Completion:
-        sampler = SamplerSettings(temperature=0.0)
-        options = GenerateOptions(max_tokens=count, sampler=sampler, ignore_eos=True)
-        return await model.complete(prompt, options)
-
-    warm = min(case.count, 4)
-    await run_whole(warm)
-    await run_ours(warm)
-    done: list[Pair] = []
-    for number in range(pairs):
-        if number % 2:
-            ours = await run_ours(case.count)
-            whole_s = await run_whole(case.count)
-        else:
-            whole_s = await run_whole(case.count)
-            ours = await run_ours(case.count)
-        done.append(_pair(case, whole_s, ours))
-        ratio = Result(case, (done[-1],)).ratio
-        tell(f"{case.name}: pair {number + 1} of {pairs}, ratio {ratio:.3f}")
-    return Result(case, tuple(done))
+@asynccontextmanager
+async def whole_model(bench: Bench, pin: Sequence[int]) -> AsyncIterator[ChildCaller]:
+    """A process with the whole model in it, on one thread."""
+    async with plain_child("the whole model") as whole:
+        await load_plain(whole, bench, pin=pin)
+        yield whole
 
 
-def _pair(case: Case, whole_s: float, ours: Completion) -> Pair:
-    figures = ours.figures
-    stages = range(len(ours.plan.stages))
-    returned = figures.after.returned_bytes - figures.before.returned_bytes
-    per_token = returned / max(1, len(ours.tokens))
-    if case.speedup:
-        busiest = max(figures.stage(index, "prefill_s") for index in stages)
-        return Pair(whole_s, figures.ttft_s or 0.0, busiest, per_token)
-    compute = sum(figures.stage(index, "decode_s") for index in stages) / (case.count - 1)
-    return Pair(whole_s, figures.tpot_s or 0.0, compute, per_token)
+@asynccontextmanager
+async def plain_child(
+    name: str, environment: dict[str, str] | None = None
+) -> AsyncIterator[ChildCaller]:
+    """A process of ``bench.plain`` without a model yet."""
+    async with await Child.start(
+        "edgellm.bench.plain", name=name, environment=environment
+    ) as child:
+        yield ChildCaller(child)
+
+
+async def load_plain(
+    child: ChildCaller,
+    bench: Bench,
+    *,
+    pin: Sequence[int] = (),
+    servers: Sequence[str] = (),
+    ends: Sequence[int] = (),
+) -> tuple[float, int]:
+    """Load the bench's model into it, or over servers.
+
+    Gives seconds until it had made a token, and bytes that went to servers and came from them.
+    """
+    answer = await child.call(
+        "load",
+        LOAD_WITHIN_S,
+        path=bench.opened.path,
+        context=context_for(bench.cases),
+        threads=1,
+        chunk=WHOLE_CHUNK,
+        pin=list(pin),
+        servers=list(servers),
+        ends=list(ends),
+        prompt=[1],
+    )
+    return float(answer["load_s"]), int(answer["sent_bytes"]) + int(answer["received_bytes"])
+
+
+async def _memory(bench: Bench, model: LoadedModel) -> tuple[StageMemory, ...]:
+    if all(case.figure == "tpot_s" for case in bench.cases):
+        return ()  # the peak is that of a full prefill
+    card = read_card(bench.opened.path)
+    stats = await model.pipeline.stats()
+    memory: list[StageMemory] = []
+    for stage, figures in zip(model.plan.stages, stats, strict=True):
+        parts = card.stage_memory(stage.span, model.plan.settings)
+        allowed = parts.weights + parts.kv + parts.compute + EVERYTHING_ELSE
+        peak = int(figures["peak_bytes"])
+        memory.append(StageMemory(stage.device, stage.memory_bytes, peak, allowed))
+    return tuple(memory)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgellm.bench.cachefolder import bench_cache
 from edgellm.engine.bindings import llama
 from edgellm.errors import DeviceError, UsageError
 
@@ -25,8 +26,7 @@ _NORMAL, _CONTROL, _BYTE = 1, 3, 6
 
 def cached_model(tell: Callable[[str], None]) -> Path:
     """The path of the synthetic model, made if it is not there yet."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
-    path = base / "edgellm" / "bench" / NAME
+    path = bench_cache() / NAME
     if not path.exists():
         tell(f"Making a synthetic model of TinyLlama's shape at {path} (about 90 s) ...")
         make(path)

@@ -1,15 +1,41 @@
-"""``edgellm bench``: a model in stages against the whole model, side by side in one run."""
+"""``edgellm bench``: a model in stages against the whole model, or against llama.cpp's RPC."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
 
-from edgellm.bench.speed import CASES, Bench, Report, StageMemory, measure
+import typer
+
+from edgellm.bench import control, rpc, rpcbuild, speed
+from edgellm.bench.pairs import Case, fitting
 from edgellm.bench.synthetic import cached_model
 from edgellm.cli import options as o
+from edgellm.cli.benchtables import control_table, rpc_table, speed_table
 from edgellm.cli.output import emit, run, say, tell
 from edgellm.errors import UsageError
-from edgellm.modelref import open_reference
+from edgellm.modelref import OpenedModel, open_reference
+
+Rpc = Annotated[
+    bool,
+    typer.Option("--rpc", help="Against llama.cpp's own RPC servers.", envvar="EDGELLM_RPC"),
+]
+RpcBuildFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--rpc-build",
+        help="Folder of a llama.cpp built with RPC; default: built once, and kept.",
+        envvar="EDGELLM_RPC_BUILD",
+    ),
+]
+ControlOption = Annotated[
+    bool,
+    typer.Option(
+        "--control",
+        help="Only the machine: two whole models at once against one alone.",
+        envvar="EDGELLM_CONTROL",
+    ),
+]
 
 
 def bench(
@@ -17,74 +43,63 @@ def bench(
     devices: o.BenchDevices = 2,
     pairs: o.Pairs = 7,
     chunk: o.Chunk = None,
+    stages: o.Stages = None,
     only: o.Only = None,
+    against_rpc: Rpc = False,
+    rpc_build: RpcBuildFolder = None,
+    only_control: ControlOption = False,
     as_json: o.Json = False,
 ) -> None:
     """Measure decode and prefill over stages against the whole model on one thread."""
 
     async def work() -> None:
-        cases = tuple(case for case in CASES if only is None or case.name.startswith(only))
-        if not cases:
-            names = ", ".join(case.name for case in CASES)
-            raise UsageError(f"there is nothing to measure named {only!r}.", hint=f"Try: {names}.")
-        opened = open_reference(model or str(cached_model(tell)))
-        fitting = tuple(case for case in cases if case.cells <= opened.context_train)
-        if opened.engine != "llama" or not fitting:
+        if only_control and against_rpc:
             raise UsageError(
-                f"{opened.name} cannot be measured: its context is {opened.context_train} tokens.",
-                hint="Name a GGUF with a longer one, or leave --model out.",
+                "--control and --rpc are two benches.", hint="Run one, then the other."
             )
-        for case in cases:
-            if case not in fitting:
-                tell(f"{case.name} is left out: the model's context is too short for it.")
-        plan = Bench(opened, stages=devices, pairs=pairs, chunk=chunk)
-        report = await measure(replace(plan, cases=fitting), tell)
-        if as_json:
-            emit(report.to_dict())
+        cases = _named(rpc.CASES if against_rpc else speed.CASES, only)
+        opened = open_reference(model or str(cached_model(tell)))
+        plan = speed.Bench(
+            opened=opened,
+            cases=_possible(cases, opened),
+            devices=devices,
+            pairs=pairs,
+            chunk=chunk,
+            stages=stages,
+        )
+        if only_control:
+            controls = await control.measure_control(plan, tell)
+            data = {"control": [each.to_dict() for each in controls]}
+            text = control_table(controls)
+        elif against_rpc:
+            given = rpcbuild.given_build(rpc_build) if rpc_build else None
+            build = given or await rpcbuild.kept_build(tell)
+            compared = await rpc.measure_rpc(plan, build, tell)
+            data, text = compared.to_dict(), rpc_table(compared)
         else:
-            say(table(report, devices))
+            report = await speed.measure(plan, tell)
+            data, text = report.to_dict(), speed_table(report)
+        if as_json:
+            emit(data)
+        else:
+            say(text)
 
     run(work, as_json)
 
 
-def table(report: Report, stages: int) -> str:
-    """The report for people; times in milliseconds, medians over the pairs."""
-    lines = [
-        f"{stages} stages of one thread against the whole model on one thread; medians, ms.",
-        f"{'':14}{'whole':>10}{'stages':>10}{'compute':>10}{'other':>10}{'ratio':>8}"
-        f"{'min':>8}{'max':>8}  target",
-    ]
-    for result in report.results:
-        ratios = result.ratios
-        cells = [
-            result.median(name) * 1000 for name in ("whole_s", "ours_s", "compute_s", "other_s")
-        ]
-        sign = ">=" if result.case.speedup else "<="
-        lines.append(
-            f"{result.case.name:14}"
-            + "".join(f"{cell:10.2f}" for cell in cells)
-            + f"{result.ratio:8.3f}{min(ratios):8.3f}{max(ratios):8.3f}"
-            + f"  {sign} {result.case.target:.2f} {'met' if result.met else 'NOT MET'}"
+def _named(cases: tuple[Case, ...], only: str | None) -> tuple[Case, ...]:
+    named = tuple(case for case in cases if only is None or case.name.startswith(only))
+    if not named:
+        names = ", ".join(case.name for case in cases)
+        raise UsageError(f"there is nothing to measure named {only!r}.", hint=f"Try: {names}.")
+    return named
+
+
+def _possible(cases: tuple[Case, ...], opened: OpenedModel) -> tuple[Case, ...]:
+    possible = fitting(cases, opened.context_train, tell)
+    if opened.engine != "llama" or not possible:
+        raise UsageError(
+            f"{opened.name} cannot be measured: its context is {opened.context_train} tokens.",
+            hint="Name a GGUF with a longer one, or leave --model out.",
         )
-    lines.append(
-        "decode: time per output token, compute summed over the stages, ratio stages / whole."
-    )
-    lines.append(
-        "prefill: time to first token, compute of the busiest stage, ratio whole / stages."
-    )
-    returned = max(result.median("returned_bytes") for result in report.results)
-    lines.append(f"Bytes that come back from the last stage for a token: {returned:.0f}.")
-    lines += map(_memory_line, report.memory)
-    lines.append(
-        "The first device is a node of this process, as in `edgellm chat`; the others are"
-        " processes of their own, over TCP on loopback."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _memory_line(stage: StageMemory) -> str:
-    return (
-        f"Memory of the stage on {stage.device}: predicted {stage.predicted / 2**20:.0f} MiB,"
-        f" peak {stage.peak / 2**20:.0f} MiB ({stage.predicted / stage.peak:.3f} x, of"
-        f" {stage.allowed / 2**20:.0f} MiB allowed): {'met' if stage.met else 'NOT MET'}"
-    )
+    return possible

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
+from pathlib import Path
 
 from edgellm.cli import options as o
 from edgellm.cli.output import emit, run, tell
-from edgellm.node import Node, format_address
+from edgellm.client import device_name
+from edgellm.discovery.addresses import format_address, parse_address
+from edgellm.node import Node
+from edgellm.runtime.neighbours import Event, Found, Lost, Unreachable
 from edgellm.settings import LOOPBACK, NodeSettings, default_home
+
+FIGURES_FOLDER = "figures"
 
 
 def join(
@@ -18,33 +23,41 @@ def join(
     home: o.Home = None,
     listen: o.Listen = LOOPBACK,
     port: o.Port = 0,
+    peer: o.Peers = None,
+    discovery: o.Discovery = True,
     memory: o.Memory = None,
+    cache_size: o.CacheSize = None,
     threads: o.Threads = 0,
     pin: o.Pin = None,
+    probe: o.Probe = True,
     until_stdin_closes: o.UntilStdinCloses = False,
     as_json: o.Json = False,
 ) -> None:
     """Offer this device to others: hold stages of models until stopped with Ctrl-C."""
 
     async def work() -> None:
-        node = Node(
-            NodeSettings(
-                name=name or socket.gethostname(),
-                home=home or default_home(),
-                listen=listen,
-                port=port,
-                memory_bytes=o.parse_size(memory),
-                threads=threads,
-                pin=o.parse_processors(pin),
-            )
+        settings = NodeSettings(
+            name=name or device_name(),
+            home=home or default_home(),
+            listen=listen,
+            port=port,
+            memory_bytes=o.parse_size(memory),
+            threads=threads,
+            pin=o.parse_processors(pin),
+            peers=tuple(map(parse_address, peer or ())),
+            discovery=discovery,
+            cache_bytes=o.parse_size(cache_size),
+            probe=_figures_folder() if probe else None,
         )
+        news = _News()
+        node = Node(settings, on_event=news.event, on_notice=news.say)
         await node.start()
         try:
-            host, bound = node.address
-            address = format_address(host, bound)
+            address = format_address(*node.address)
             if as_json:
-                emit({"name": node.settings.name, "id": node.device_id, "address": address})
-            tell(_greeting(node.settings.name, address))
+                emit({"name": settings.name, "id": node.device_id, "address": address})
+            tell(_greeting(settings, address))
+            news.begin()
             await _until_told(until_stdin_closes)
         finally:
             await node.close()
@@ -52,8 +65,61 @@ def join(
     run(work, as_json)
 
 
-def _greeting(name: str, address: str) -> str:
-    return f"Device {name} is ready at {address}. It listens on this machine only."
+def _figures_folder() -> Path:
+    """One for all nodes of a user: what was measured is the machine's, not the node's."""
+    return default_home() / FIGURES_FOLDER
+
+
+def _greeting(settings: NodeSettings, address: str) -> str:
+    ready = f"Device {settings.name} is ready at {address}."
+    if not settings.exposed:
+        return (
+            f"{ready} It listens on this machine only;"
+            " with --listen 0.0.0.0 other machines can use it too."
+        )
+    return (
+        f"{ready}\nWARNING: there is no pairing and no encryption yet: anyone on this network can"
+        " use this device and read what goes over it. Do so only where you trust everybody."
+    )
+
+
+class _News:
+    """What happens around the node, a line each on standard error. Nothing before ``begin``."""
+
+    def __init__(self) -> None:
+        self._early: list[str] | None = []
+
+    def begin(self) -> None:
+        """The greeting is out."""
+        early, self._early = self._early or [], None
+        for line in early:
+            tell(line)
+
+    def say(self, line: str) -> None:
+        if self._early is None:
+            tell(line)
+        else:
+            self._early.append(line)
+
+    def event(self, event: Event) -> None:
+        self.say(words_of(event))
+
+
+def words_of(event: Event) -> str:
+    """An event as a sentence or two."""
+    match event:
+        case Found():
+            return f"Found device {event.name} at {event.address}."
+        case Lost():
+            return f"Lost device {event.name} at {event.address}: {event.problem}. Looking for it."
+        case Unreachable(name="", device_id=""):
+            return f"No device at {event.address} yet: {event.problem}. Trying on."
+        case _:
+            called = f"Device {event.name}" if event.name else "A device"
+            return (
+                f"{called} says that it is at {event.address}, but cannot be reached:"
+                f" {event.problem}. Trying on; a firewall may be in the way."
+            )
 
 
 async def _until_told(until_stdin_closes: bool) -> None:

@@ -27,7 +27,14 @@ def _option(flag: str, text: str, **more: Any) -> Any:
 Model = Annotated[
     str | None, _option("--model", "A GGUF file (any part of a split one); default: a demo.")
 ]
-Prompt = Annotated[str | None, _option("--prompt", "What to say to the model.")]
+CheckedModel = Annotated[str | None, _option("--model", "A GGUF file to look at as well.")]
+Prompt = Annotated[
+    str | None, _option("--prompt", "Answer this once; without it you chat, line by line.")
+]
+System = Annotated[
+    str | None, _option("--system", "What the model is told before the conversation.")
+]
+Stats = Annotated[bool, _option("--stats", "After an answer: who did what.")]
 MaxTokens = Annotated[int, _option("--max-tokens", "Most tokens to make.", min=1)]
 Temperature = Annotated[float, _option("--temperature", "0 is greedy.")]
 TopK = Annotated[int, _option("--top-k", "Keep the k likeliest tokens; 0 keeps all.")]
@@ -68,6 +75,7 @@ Json = Annotated[bool, _option("--json", "One JSON object on standard output.")]
 Peers = Annotated[
     list[str] | None, _option("--peer", "HOST:PORT of a device; may be given more than once.")
 ]
+Wait = Annotated[float, _option("--wait", "Seconds to look for devices.", min=0.0, max=60.0)]
 Name = Annotated[str | None, _option("--name", "This device's name; default: its host name.")]
 Home = Annotated[
     Path | None, _option("--home", "Folder with this device's identity; one folder, one device.")
@@ -75,7 +83,23 @@ Home = Annotated[
 Memory = Annotated[
     str | None, _option("--memory", "Most memory to offer, like 512MiB; default: what is free.")
 ]
-Listen = Annotated[str, _option("--listen", "Address to listen on.")]
+Listen = Annotated[
+    str, _option("--listen", "Address to listen on; 0.0.0.0 is all networks, :: with IPv6.")
+]
+Discovery = Annotated[
+    bool,
+    _option(
+        "--discovery/--no-discovery",
+        "Announce this device and look for others (mDNS, and where they were last).",
+    ),
+]
+Probe = Annotated[
+    bool, _option("--probe/--no-probe", "Measure this device's speed once, for some seconds.")
+]
+CacheSize = Annotated[
+    str | None,
+    _option("--cache-size", "Most disk for parts of models; default: half of what is free."),
+]
 Port = Annotated[int, _option("--port", "Port to listen on; 0: any free one.", min=0, max=65535)]
 UntilStdinCloses = Annotated[
     bool, _option("--until-stdin-closes", "End when standard input does.", hidden=True)

@@ -8,17 +8,24 @@ for people goes to standard error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, cast
+
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from edgellm.errors import EdgeError
 
 INTERRUPTED = 130
+PLAIN_WIDTH = 120
+"""Columns of a table that goes into a file or a pipe."""
+_ENDING = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]], as_json: bool) -> None:
@@ -54,20 +61,36 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _interruptible(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """SIGTERM and a closed terminal end a command as Ctrl-C does: in order, with nothing left
-    behind. A second one does not disturb the first's tidying up."""
+    """Ctrl-C, SIGTERM and a closed terminal end a command in order, with nothing left behind.
+    A second one does not disturb the first's tidying up."""
+    _end_on(_ENDING)
+    await work()
+
+
+def _end_on(signals: tuple[signal.Signals, ...]) -> None:
+    """Have ``signals`` cancel this task, once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    signals = () if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 
     def end() -> None:
-        for each in signals:
-            loop.add_signal_handler(each, lambda: None)
-        if task is not None:
+        if task is not None and not task.cancelling():
             task.cancel()
 
     for each in signals:
         loop.add_signal_handler(each, end)
-    await work()
+
+
+@contextlib.contextmanager
+def ctrl_c(action: Callable[[], None]) -> Iterator[None]:
+    """Within, Ctrl-C calls ``action`` instead of ending the command. Use it in the command's own
+    task. Where the system has no such signals, Ctrl-C goes on ending the command."""
+    if sys.platform == "win32":
+        yield
+        return
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, action)
+    try:
+        yield
+    finally:
+        _end_on((signal.SIGINT,))
 
 
 def fail(error: EdgeError, as_json: bool) -> NoReturn:
@@ -94,3 +117,38 @@ def tell(text: str) -> None:
     """A line for the person in front of the screen."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def show(what: RenderableType) -> None:
+    """A table that is a command's result, on standard output."""
+    say(_drawn(what, sys.stdout.isatty()))
+
+
+def tell_with(what: RenderableType) -> None:
+    """A table for the person in front of the screen."""
+    tell(_drawn(what, sys.stderr.isatty()).removesuffix("\n"))
+
+
+def _drawn(what: RenderableType, terminal: bool) -> str:
+    """As text: for a file or a pipe without colours, and without spaces that fill lines up."""
+    width = None if terminal else PLAIN_WIDTH
+    console = Console(
+        width=width, force_terminal=terminal, highlight=False, markup=False, emoji=False
+    )
+    with console.capture() as capture:
+        console.print(what)
+    drawn = capture.get()
+    return drawn if terminal else "".join(line.rstrip() + "\n" for line in drawn.splitlines())
+
+
+def table(words: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Columns of ``words``, then of ``figures``, which stand at the right of theirs."""
+    named = any((*words, *figures))
+    made = Table(box=None, pad_edge=False, header_style="bold", show_header=named)
+    for name in words:
+        made.add_column(name, overflow="fold")
+    for name in figures:
+        made.add_column(name, justify="right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made

@@ -103,7 +103,7 @@ class StageServer:
             epoch=self._epoch,
             index=self._index,
             memory_bytes=resident_peak(),
-            timings={"load_s": time.perf_counter() - started},
+            figures={"load_s": time.perf_counter() - started},
         )
 
     def _open(self, message: OpenSequence) -> None:

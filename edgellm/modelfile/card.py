@@ -10,26 +10,27 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-from edgellm.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgellm.errors import ModelFileError, UsageError
 from edgellm.modelfile.architectures import ArchitectureRule, Support, architecture_rule
 from edgellm.modelfile.ggml_types import GGML_TYPES_BY_NAME
+from edgellm.modelfile.heads import head_size, kv_heads, needed_count, query_heads
 from edgellm.modelfile.layers import LayerKind, layer_kinds, legal_boundaries, span_problem
 from edgellm.modelfile.metadata import meta_string
 from edgellm.modelfile.model import Model, layer_of, open_model
 from edgellm.modelfile.recipe import EMBEDDING, HEAD, outer_tensors
 from edgellm.modelfile.states import recurrent_state_bytes
+from edgellm.modelfile.work import LayerWeights, StageWork, layer_weights
 from edgellm.types import EngineSettings, LayerSpan, Mode
 
-BASE_BYTES = 52 << 20
-"""Python, its libraries, llama.cpp's own and message buffers, in a stage process without a model:
-50 MiB measured on x86-64 Linux, and a little room."""
+BASE_BYTES = 48 << 20
+"""Python, its libraries, llama.cpp's own and message buffers, beside a loaded model: 46 to 50 MiB
+measured on x86-64 Linux at TinyLlama's shape (first and last stage, 512 and 2048 tokens)."""
 
 _ROWS_ALIVE = 7
 """Rows of the model's width that are alive for each token of a chunk outside llama.cpp's compute
 buffer (received, in the batch, copied out, being sent, quantised for the kernels): 57 KiB a token
 measured at n_embd 2048."""
 
-_MAX_COUNT = 1 << 24
 _CELL_STEP = 256
 """llama.cpp rounds the KV cells of a sequence up to a multiple of this."""
 
@@ -42,6 +43,12 @@ class LayerCard:
     weight_bytes: int
     largest_tensor: int
     """Bytes."""
+    active_bytes: int
+    """Weight bytes that one token reads: all but those of experts that are not in use."""
+    active_elements: int
+    """Weights of those that are in matrices."""
+    heads: int
+    """Query heads; 0 without attention."""
     k_elements: int
     """Key elements that a token adds to the cache; 0 in a purely recurrent layer."""
     v_elements: int
@@ -69,7 +76,7 @@ class MemoryEstimate:
     base: int
     """The process itself, and rows on their way in and out."""
     loading: int
-    """Largest tensor: while it is repacked it exists twice, before there are cells."""
+    """The staging copy of the tensor that is repacked last, before there are cells."""
 
     @property
     def total(self) -> int:
@@ -96,6 +103,8 @@ class ModelCard:
     """Everything in the file that is not a layer's: what a process with the whole model holds."""
     largest_outer: int
     """Largest tensor of those."""
+    head_read_bytes: int
+    """What a row of logits reads: the head's matrix (the embedding's where the two are tied)."""
     tied_head: bool
     n_embd: int
     n_vocab: int
@@ -150,6 +159,29 @@ class ModelCard:
                 total += kind.row_bytes(elements)
         return total
 
+    def stage_work(self, span: LayerSpan, settings: EngineSettings, cached: int) -> StageWork:
+        """What one token costs a stage that holds ``span``, with ``cached`` tokens before it.
+
+        Embedding rows are looked up one by one, so the table costs nothing that counts.
+        """
+        held = self._held(span)
+        decode_bytes = elements = scan_bytes = scan_flops = 0
+        for layer in held:
+            decode_bytes += layer.active_bytes
+            elements += layer.active_elements
+            cells = _cells_read(layer, settings, cached)
+            one = LayerSpan(layer.index, layer.index + 1)
+            scan_bytes += cells * self.kv_bytes_per_token(settings.kv_type, one)
+            scan_bytes += 2 * layer.state_bytes
+            scan_flops += 2 * cells * layer.heads * (layer.k_row + layer.v_row)
+        return StageWork(
+            decode_bytes=decode_bytes,
+            prefill_flops=2 * elements,
+            head_bytes=self.head_read_bytes if span.end == self.n_layers else 0,
+            scan_bytes=scan_bytes,
+            scan_flops=scan_flops,
+        )
+
     def kv_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
         """Bytes of the cache and the recurrent states that a stage allocates."""
         total = 0
@@ -167,8 +199,8 @@ class ModelCard:
         attention, one output row a sequence.
         """
         held = self._held(span)
-        largest = max(layer.largest_tensor for layer in held)
-        weights = self.span_bytes(span)
+        loading = max(layer.largest_tensor for layer in held)
+        layers = weights = self.span_bytes(span)
         if len(span) == self.n_layers:
             weights += self.outer_bytes
         elif span.end == self.n_layers:
@@ -176,13 +208,15 @@ class ModelCard:
         else:
             weights += self.inner_bytes
         if span.end == self.n_layers:
-            largest = max(largest, self.largest_outer)
+            # llama.cpp reads a tensor that it repacks into a staging copy of that one tensor, and
+            # the head before the layers: by the time these are there, its copy is long gone.
+            loading = max(loading, self.largest_outer - layers)
         return MemoryEstimate(
             weights=weights,
             kv=self.kv_bytes(span, settings),
             compute=self.compute_bytes(span, settings),
             base=BASE_BYTES + settings.chunk * _ROWS_ALIVE * 4 * self.n_embd,
-            loading=largest,
+            loading=loading,
         )
 
     def compute_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
@@ -223,6 +257,13 @@ def _cells(layer: LayerCard, settings: EngineSettings) -> int:
     return min(full, near + -near % _CELL_STEP)
 
 
+def _cells_read(layer: LayerCard, settings: EngineSettings, cached: int) -> int:
+    """KV cells that a token of ``layer`` looks at, rounded up as llama.cpp does."""
+    if not layer.attention:
+        return 0
+    return min(_cells(layer, settings), cached + -cached % _CELL_STEP)
+
+
 def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
     """The card of a model, or of the model at a path.
 
@@ -232,7 +273,7 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
     model = source if isinstance(source, Model) else open_model(source)
     rule = architecture_rule(model.architecture)
     embedding = model.tensor(EMBEDDING).info
-    n_embd = _needed(model, "embedding_length")
+    n_embd = needed_count(model, "embedding_length")
     if len(embedding.shape) != 2 or embedding.shape[0] != n_embd:
         raise ModelFileError(
             f"tensor {EMBEDDING!r} has the shape {embedding.shape}; {n_embd} elements a row"
@@ -261,6 +302,7 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
         inner_bytes=_outer_bytes(model, rule, last=False) if cuttable else sum(outer),
         outer_bytes=sum(outer),
         largest_outer=max(outer),
+        head_read_bytes=(embedding if tied else model.tensor(HEAD).info).nbytes,
         tied_head=tied,
         n_embd=n_embd,
         n_vocab=embedding.shape[1],
@@ -268,54 +310,49 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
         n_head=max(heads),
         n_expert=model.integer("expert_count") or 0,
         n_expert_used=experts_used,
-        context_train=_needed(model, "context_length"),
+        context_train=needed_count(model, "context_length"),
         chat_template=meta_string(model.metadata, "tokenizer.chat_template"),
         boundaries=legal_boundaries(model),
         model=model,
     )
 
 
-def _needed(model: Model, suffix: str) -> int:
-    value = model.integer(suffix)
-    if value is None or not 0 < value <= _MAX_COUNT:
-        field = model.key(suffix)
-        raise ModelFileError(f"metadata {field!r} is {value}.", field=field)
-    return value
-
-
 def _outer_bytes(model: Model, rule: ArchitectureRule, *, last: bool) -> int:
     return sum(tensor.layout.nbytes for tensor in outer_tensors(model, rule, last))
 
 
-def _weights(model: Model) -> list[list[int]]:
-    """The sizes of each layer's tensors."""
-    sizes: list[list[int]] = [[] for _ in range(model.blocks)]
-    for name, source in model.tensors.items():
-        place = layer_of(name)
-        if place is None:
-            continue
-        if place[0] >= model.blocks:
-            raise ModelFileError(f"tensor {name!r} is of no layer.", field=name)
-        sizes[place[0]].append(source.info.nbytes)
-    for layer, found in enumerate(sizes[: model.layers]):
-        if not found:
+def _weights(model: Model) -> list[LayerWeights]:
+    """The tensors of each layer that a token passes, summed up."""
+    found = layer_weights(model)
+    if len(found) > model.blocks:
+        raise ModelFileError(
+            f"a tensor is of layer {len(found) - 1}, which the model has not.",
+            field=f"blk.{len(found) - 1}",
+        )
+    weights = []
+    for layer, summed in enumerate(found[: model.layers]):
+        if summed is None:
             raise ModelFileError(f"layer {layer} has no tensors.", field=f"blk.{layer}")
-    return sizes
+        weights.append(summed)
+    return weights
 
 
-def _layer_card(model: Model, index: int, kind: LayerKind, sizes: list[int]) -> LayerCard:
+def _layer_card(model: Model, index: int, kind: LayerKind, held: LayerWeights) -> LayerCard:
     k_row = v_row = k_elements = v_elements = 0
     if kind.attention:
-        heads = _heads(model, index)
-        k_row = _head_size(model, index, "key", kind.window is not None)
-        v_row = _head_size(model, index, "value", kind.window is not None)
+        heads = kv_heads(model, index)
+        k_row = head_size(model, index, "key", kind.window is not None)
+        v_row = head_size(model, index, "value", kind.window is not None)
         k_elements, v_elements = heads * k_row, heads * v_row
         if model.integer("attention.key_length_mla"):
             v_elements = 0  # multi-head latent attention: values are a part of the keys
     return LayerCard(
         index=index,
-        weight_bytes=sum(sizes),
-        largest_tensor=max(sizes),
+        weight_bytes=held.nbytes,
+        largest_tensor=held.largest,
+        active_bytes=held.active_bytes,
+        active_elements=held.active_elements,
+        heads=query_heads(model, index) if kind.attention else 0,
         k_elements=k_elements,
         v_elements=v_elements,
         k_row=k_row,
@@ -325,37 +362,6 @@ def _layer_card(model: Model, index: int, kind: LayerKind, sizes: list[int]) -> 
         window=kind.window,
         state_bytes=recurrent_state_bytes(model) if kind.recurrent else 0,
     )
-
-
-def _heads(model: Model, index: int) -> int:
-    for suffix in ("attention.head_count_kv", "attention.head_count"):
-        counts = model.per_layer(suffix)
-        if counts is not None:
-            if not 0 <= counts[index] <= _MAX_COUNT:
-                field = model.key(suffix)
-                raise ModelFileError(f"metadata {field!r} is {counts[index]}.", field=field)
-            return counts[index]
-    field = model.key("attention.head_count")
-    raise ModelFileError(f"metadata {field!r} is missing.", field=field)
-
-
-def _head_size(model: Model, index: int, what: str, windowed: bool) -> int:
-    """Elements of one key or value head, by the same defaults as llama.cpp's."""
-    size = model.integer(f"attention.{what}_length_swa") if windowed else None
-    size = model.integer(f"attention.{what}_length") if size is None else size
-    if size is None:
-        counts = model.per_layer("attention.head_count") or [0]
-        head_count = next((count for count in counts if count > 0), 0)
-        if head_count == 0:
-            raise UnsupportedModelError(
-                f"the head size of layer {index} is not known.",
-                field=model.key("attention.head_count"),
-            )
-        size = _needed(model, "embedding_length") // head_count
-    if not 0 < size <= _MAX_COUNT:
-        field = model.key(f"attention.{what}_length")
-        raise ModelFileError(f"metadata {field!r} is {size}.", field=field)
-    return size
 
 
 def _quantisation(model: Model) -> str:

@@ -5,8 +5,9 @@ each, which appears complete or not at all, and with the same bytes on every mac
 
 A shard holds the layers of its span, renumbered from 0, with the metadata that belongs to
 them. It has no tokenizer. A shard that is not the last gets a one-row embedding, so its head
-costs nothing; the last one keeps the head. No shard holds the token embedding: the first of
-several stages looks rows up in a file of its own (``write_embedding``).
+costs nothing; the last one keeps the head. No shard of several holds the token embedding: the
+first stage looks rows up in a file of its own (``write_embedding``). The shard of all layers is
+the whole model but for its tokenizer.
 """
 
 from __future__ import annotations

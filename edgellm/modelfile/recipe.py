@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from edgellm.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgellm.errors import ModelFileError, UnsupportedModelError
 from edgellm.modelfile.architectures import (
     PER_LAYER_FULL_KEYS,
     PER_LAYER_KEYS,
@@ -71,6 +71,11 @@ class ShardRecipe:
         return encode_header(self.metadata, [tensor.layout for tensor in self.tensors])
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of the source model that it copies, each once."""
+        return tuple(dict.fromkeys(t.source for t in self.tensors if t.source is not None))
+
+    @property
     def file_bytes(self) -> int:
         """Size of the shard's file."""
         return file_bytes(self.header(), [tensor.layout for tensor in self.tensors])
@@ -79,16 +84,21 @@ class ShardRecipe:
 def shard_recipe(model: Model, span: LayerSpan) -> ShardRecipe:
     """How to cut ``span`` out of ``model``; reads no tensor data.
 
+    The span of all layers gives the model itself, without its tokenizer: what the only stage
+    loads on a device that does not have the file. It takes token ids, as the model does.
+
     Raises ``SplitError`` for a span that may not be a stage, ``UnsupportedModelError`` for a
-    model that cannot be cut, ``UsageError`` for the whole model (it needs no cut).
+    model that cannot be cut.
     """
     check_span(model, span)
-    if len(span) == model.layers:
-        raise UsageError("the span holds every layer: use the model file itself.")
     rule = architecture_rule(model.architecture)
-    last = span.end == model.layers
-    metadata = _metadata(model, span, rule, last)
-    tensors = [*outer_tensors(model, rule, last), *_layer_tensors(model, span)]
+    if len(span) == model.layers:
+        metadata = _whole_metadata(model, span, rule)
+        tensors = [_copied(source, name) for name, source in model.tensors.items()]
+    else:
+        last = span.end == model.layers
+        metadata = _metadata(model, span, rule, last)
+        tensors = [*outer_tensors(model, rule, last), *_layer_tensors(model, span)]
     return ShardRecipe(
         model_digest=model.digest,
         span=span,
@@ -137,14 +147,9 @@ def _metadata(
 ) -> dict[str, MetaValue]:
     """The shard's metadata: the model's own, sliced, without tokenizer and split bookkeeping."""
     arch = model.architecture
-    kept = {"general.architecture": model.metadata["general.architecture"]}
-    for key, value in model.metadata.items():
-        if key in _KEPT_GENERAL or not key.startswith(("general.", "tokenizer.", "split.")):
-            kept.setdefault(key, _sliced(model, key, value, span))
-    vocabulary = model.tensor(EMBEDDING).info.shape[-1] if last else 1
+    kept = {key: _sliced(model, key, value, span) for key, value in _carried(model)}
+    kept.update(_no_tokenizer(model, last))
     kept[f"{arch}.block_count"] = _u32(len(span))
-    kept[f"{arch}.vocab_size"] = _u32(vocabulary)
-    kept["tokenizer.ggml.model"] = scalar_value(ValueType.STRING, "none")
     dense = model.integer("leading_dense_block_count")
     if dense is not None:
         shifted = max(0, min(span.end, dense) - span.first)
@@ -158,14 +163,49 @@ def _metadata(
         depth = scalar_value(ValueType.FLOAT32, _depth_scale(rule.depth_scale, model.layers))
         kept.setdefault(f"{arch}.residual_scale", depth)
     kept.update(_patterns(model, span, rule))
-    kept["edgellm.model.digest"] = scalar_value(ValueType.STRING, model.digest)
-    kept["edgellm.shard.first"] = _u32(span.first)
-    kept["edgellm.shard.end"] = _u32(span.end)
-    kept["edgellm.shard.layers"] = _u32(model.layers)
-    kept["edgellm.shard.residual_node"] = scalar_value(ValueType.STRING, rule.residual_node)
-    if rule.input_node is not None and span.first > 0:
-        kept["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, rule.input_node)
+    kept.update(_description(model, span, rule))
     return kept
+
+
+def _whole_metadata(model: Model, span: LayerSpan, rule: ArchitectureRule) -> dict[str, MetaValue]:
+    """The model's own metadata, without tokenizer and split bookkeeping. Nothing else changes:
+    llama.cpp scales the embeddings, counts the layers and finds their kinds by itself."""
+    kept = dict(_carried(model))
+    kept.update(_no_tokenizer(model, last=True))
+    kept.update(_description(model, span, rule))
+    return kept
+
+
+def _carried(model: Model) -> Iterator[tuple[str, MetaValue]]:
+    """The metadata that every shard takes over, the architecture first."""
+    architecture = "general.architecture"
+    yield architecture, model.metadata[architecture]
+    for key, value in model.metadata.items():
+        if key in _KEPT_GENERAL or not key.startswith(("general.", "tokenizer.", "split.")):
+            yield key, value
+
+
+def _no_tokenizer(model: Model, last: bool) -> dict[str, MetaValue]:
+    """A vocabulary without words. llama.cpp sizes head and embedding by its number of tokens."""
+    vocabulary = model.tensor(EMBEDDING).info.shape[-1] if last else 1
+    return {
+        f"{model.architecture}.vocab_size": _u32(vocabulary),
+        "tokenizer.ggml.model": scalar_value(ValueType.STRING, "none"),
+    }
+
+
+def _description(model: Model, span: LayerSpan, rule: ArchitectureRule) -> dict[str, MetaValue]:
+    """What the shard says of itself: see ``cut.ShardFile``."""
+    found = {
+        "edgellm.model.digest": scalar_value(ValueType.STRING, model.digest),
+        "edgellm.shard.first": _u32(span.first),
+        "edgellm.shard.end": _u32(span.end),
+        "edgellm.shard.layers": _u32(model.layers),
+        "edgellm.shard.residual_node": scalar_value(ValueType.STRING, rule.residual_node),
+    }
+    if rule.input_node is not None and span.first > 0:
+        found["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, rule.input_node)
+    return found
 
 
 def _depth_scale(factor: float, layers: int) -> float:

@@ -65,16 +65,21 @@ def file_bytes(header: bytes, tensors: Sequence[TensorLayout]) -> int:
     return len(header) + sum(tensor.nbytes + padding(tensor.nbytes) for tensor in tensors)
 
 
-def write_atomically(destination: Path, chunks: Iterable[bytes]) -> None:
+def write_atomically(
+    destination: Path, chunks: Iterable[bytes], *, aside: Path | None = None
+) -> None:
     """Write ``chunks`` under a temporary name, make them durable, then give them their name.
 
     Nothing is ever visible under ``destination`` but the complete file; on any error the
-    temporary file is removed. Raises ``DeviceError`` where the disk or directory refuses.
+    temporary file is removed. ``aside``: the folder of the temporary file, on the same file
+    system; by default that of ``destination``. Raises ``DeviceError`` where the disk or
+    directory refuses.
     """
     directory = destination.parent
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{destination.name[:80]}.", dir=directory)
+        prefix = f".{destination.name[:80]}."
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=aside or directory)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:
@@ -83,7 +88,7 @@ def write_atomically(destination: Path, chunks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         temporary.replace(destination)
         temporary = None
-        _sync_directory(directory)
+        sync_directory(directory)
     except OSError as error:
         raise DeviceError(
             f"{destination} cannot be written: {error.strerror or error}.",
@@ -95,7 +100,7 @@ def write_atomically(destination: Path, chunks: Iterable[bytes]) -> None:
                 temporary.unlink()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make the new name durable; not every system lets a directory be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)

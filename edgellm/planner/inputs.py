@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edgellm.errors import UsageError
+from edgellm.planner.speeds import DeviceSpeed
 from edgellm.types import DeviceId, EngineSettings, LayerSpan
 
 _MIB_TENTH = (1 << 20) / 10
@@ -24,6 +25,8 @@ class DeviceOffer:
     device_id: DeviceId
     memory_bytes: int
     """What a stage process there may use at its peak."""
+    speed: DeviceSpeed | None = None
+    """None: not measured."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 0:
@@ -39,8 +42,42 @@ class StageMemory(Protocol):
         ...
 
 
+class StageWork(Protocol):
+    """What one token costs a span of layers; sums over neighbouring spans."""
+
+    @property
+    def decode_bytes(self) -> int:
+        """Weight bytes that one token reads, without the head."""
+        ...
+
+    @property
+    def prefill_flops(self) -> int:
+        """Two for each of those weights, a token of a prompt."""
+        ...
+
+    @property
+    def head_bytes(self) -> int:
+        """What a row of logits reads; 0 but in a span that ends with the last layer."""
+        ...
+
+    @property
+    def scan_bytes(self) -> int:
+        """KV cells and states that one token reads."""
+        ...
+
+    @property
+    def scan_flops(self) -> int:
+        """Attention over those cells."""
+        ...
+
+
 class ModelCard(Protocol):
     """What the planner asks of a model."""
+
+    @property
+    def n_embd(self) -> int:
+        """Elements of the row that a stage hands on for each token."""
+        ...
 
     @property
     def n_layers(self) -> int: ...
@@ -56,6 +93,10 @@ class ModelCard(Protocol):
 
     def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> StageMemory: ...
 
+    def stage_work(self, span: LayerSpan, settings: EngineSettings, cached: int) -> StageWork:
+        """What one token costs with ``cached`` tokens before it, for any span between cuts."""
+        ...
+
 
 class SpanTable:
     """Every span that a stage may have, by the indices of its two cut points, and its memory.
@@ -68,7 +109,7 @@ class SpanTable:
         inner = sorted({cut for cut in card.boundaries if 0 < cut < card.n_layers})
         self.cuts: tuple[int, ...] = (0, *inner, card.n_layers)
         self._card = card
-        self._settings = settings
+        self.settings = settings
         self._bytes: dict[tuple[int, int], int] = {}
         self._problems: dict[tuple[int, int], str | None] = {}
 
@@ -76,6 +117,15 @@ class SpanTable:
     def pieces(self) -> int:
         """Number of spans between neighbouring cut points; also the number of the last one."""
         return len(self.cuts) - 1
+
+    @property
+    def width(self) -> int:
+        """Elements of the row that a stage hands on for each token."""
+        return self._card.n_embd
+
+    def work(self, piece: int, cached: int) -> StageWork:
+        """What a token costs in the layers from cut number ``piece`` to the next."""
+        return self._card.stage_work(self.span(piece, piece + 1), self.settings, cached)
 
     def most_stages(self) -> int:
         """Largest number of stages the model can be cut into."""
@@ -102,7 +152,7 @@ class SpanTable:
         """
         known = self._bytes.get((first, end))
         if known is None:
-            known = self._card.stage_memory(self.span(first, end), self._settings).total
+            known = self._card.stage_memory(self.span(first, end), self.settings).total
             self._bytes[first, end] = known
         return known
 

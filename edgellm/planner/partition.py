@@ -1,193 +1,277 @@
 """Search: which devices, in which order, with which spans. Exact for what it promises. Pure.
 
-``partition`` is the seam behind which a better policy (speeds, links) can take its place: it
-gets a ``SpanTable`` and offers and answers with shares that fit, or None.
+``Partition`` is the seam behind which another policy can take its place: it gets a ``CostModel``
+and what is asked for, and answers with shares that fit, or None.
 
-What counts here is memory: fewest devices first, then the lowest peak share of any device's
-memory, then shares as even as they can be. All orders are tried for up to ``FREE_ORDER``
-devices; with more, the given order is kept (devices may still be left out).
+What is minimised is the time of the workload's request: a sum over stages and links, S, plus
+``waves`` times the slowest of them, B. For a bound on B, the smallest S is found by dynamic
+programming over (devices in use, last device, next cut): in every order for up to ``FREE_ORDER``
+devices; with more, in the order they are given and in that of their speed, any left out. Over the
+bounds goes a branch and bound: S grows as the bound falls, so that S at an interval's upper end
+plus ``waves`` times its lower one is the least that anything in between can cost.
+
+Requests that differ by less than the tie-breakers are the same: then fewer stages win, then even
+shares of memory.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
-from edgellm.planner.inputs import DeviceOffer, SpanTable
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.planner.cost import CostModel, Share, Table
 
 FREE_ORDER = 6
+_STAGE_TIE_S = 1e-6
+_LOAD_TIE_S = 1e-7
+"""Times the square of the share of a device's memory."""
+_PROVEN = 1e-9
+"""The answer is the best up to this part of it: rounding, no more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One device's part: from cut number ``first`` to cut number ``end`` of a SpanTable."""
+class Wanted:
+    """What is asked of a plan, beside being fast."""
 
-    device: int
-    """Index into the offers."""
-    first: int
-    end: int
-
-
-Partition = Callable[[SpanTable, Sequence[DeviceOffer], int], tuple[Share, ...] | None]
-"""(spans, offers, fewest stages) -> the shares in the order of layers, or None where none fit."""
-
-_Masks = list[list[int]]
-"""``masks[device][first]``: bit ``end`` is set where the span [first, end) fits the device."""
-_Route = Callable[[_Masks, int, int], list[int] | None]
-"""(masks, number of stages, pieces) -> the devices of one assignment that fits, or None."""
+    min_stages: int = 1
+    required: frozenset[int] = frozenset()
+    """Devices, by their index, that must have a stage."""
 
 
-def partition_by_memory(
-    spans: SpanTable, offers: Sequence[DeviceOffer], min_stages: int
-) -> tuple[Share, ...] | None:
-    """The policy above. ``min_stages`` 1 makes one device alone the first candidate.
-
-    Finds an assignment whenever one exists (in the given order, for more than ``FREE_ORDER``
-    devices).
-    """
-    loads = _loads(spans, offers)
-    routes: list[_Route] = [_route_in_order]
-    if len(offers) <= FREE_ORDER:
-        routes.append(_route_in_any_order)
-    peaks = sorted({load for table in loads for row in table for load in row if load <= 1.0})
-    roomy = _masks(loads, 1.0)
-    for stages in range(max(1, min_stages), min(len(offers), spans.most_stages()) + 1):
-        for route in routes:
-            if route(roomy, stages, spans.pieces) is not None:
-                return _lowest_peak(loads, peaks, stages, spans.pieces, route)
-    return None
+Partition = Callable[[CostModel, Wanted], tuple[Share, ...] | None]
 
 
-_Loads = list[list[list[float]]]
-"""``loads[device][first][end]``: the share of the device's memory that the span takes."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The smallest sum under a bound: its shares, and the slowest stage or link of them."""
+
+    total: float
+    slowest: float
+    shares: tuple[Share, ...]
 
 
-def _loads(spans: SpanTable, offers: Sequence[DeviceOffer]) -> _Loads:
-    points = range(spans.pieces + 1)
-    needs = [
-        [
-            spans.memory(first, end) if first < end and spans.problem(first, end) is None else None
-            for end in points
+class _Solver(Protocol):
+    """The smallest sum of any plan none of whose stages and links is slower than ``bound``."""
+
+    def solve(self, bound: float) -> _Found | None: ...
+
+
+def partition_by_speed(cost: CostModel, wanted: Wanted) -> tuple[Share, ...] | None:
+    """The fastest plan for the cost model's workload; None where nothing fits."""
+    count = len(cost.offers)
+    if len(wanted.required) > count or wanted.min_stages > count:
+        return None
+    solvers: list[_Solver]
+    if count <= FREE_ORDER:
+        solvers = [_AnyOrder(cost, wanted)]
+    else:
+        given = list(range(count))
+        by_speed = sorted(given, key=lambda device: -cost.speeds[device].decode_bytes_per_s)
+        orders = [given] if by_speed == given else [given, by_speed]
+        solvers = [_InOrder(cost, wanted, order) for order in orders]
+    bounds = np.unique(np.concatenate([cost.stage_streams.ravel(), cost.link_streams.ravel()]))
+    bounds = bounds[np.isfinite(bounds)]
+    best: _Found | None = None
+    for solver in solvers:
+        best = _descend(solver, bounds, cost.waves, best)
+    return None if best is None else best.shares
+
+
+def _descend(solver: _Solver, bounds: Table, waves: int, best: _Found | None) -> _Found | None:
+    """The best over all bounds, and ``best``. ``bounds`` are all that B can be, ascending."""
+
+    def value(found: _Found) -> float:
+        return found.total + waves * found.slowest
+
+    def below(found: _Found) -> int:
+        """The last bound under which ``found`` is no longer possible."""
+        return int(np.searchsorted(bounds, found.slowest)) - 1
+
+    def push(low: int, high: int, total: float) -> None:
+        if low <= high:
+            heapq.heappush(queue, (total + waves * float(bounds[low]), low, high, total))
+
+    queue: list[tuple[float, int, int, float]] = []
+    first = solver.solve(np.inf)
+    if first is None:
+        return best
+    if best is None or value(first) < value(best):
+        best = first
+    if waves:
+        push(0, below(first), first.total)
+    while queue:
+        least, low, high, total = heapq.heappop(queue)
+        if least >= value(best) * (1 - _PROVEN):
+            break
+        middle = (low + high) // 2
+        found = solver.solve(float(bounds[middle]))
+        push(middle + 1, high, total)
+        if found is not None:
+            if value(found) < value(best):
+                best = found
+            push(low, min(middle, below(found)), found.total)
+    return best
+
+
+class _Tables:
+    """What both solvers go by: sums with the tie-breakers, and masks of a bound."""
+
+    def __init__(self, cost: CostModel, wanted: Wanted) -> None:
+        self.count = len(cost.offers)
+        self.wanted = wanted
+        offered = np.array([max(1, offer.memory_bytes) for offer in cost.offers], np.float64)
+        needs = np.where(np.isfinite(cost.needs), cost.needs, 0.0)
+        # To the percent: what devices offer differs by chance from one plan to the next.
+        loads = np.round(needs[None] / offered[:, None, None], 2)
+        self.sums = cost.stage_sums + _STAGE_TIE_S + _LOAD_TIE_S * loads**2
+        self.streams = cost.stage_streams
+        self.links, self.link_streams = cost.link_sums, cost.link_streams
+        self.enter, self.leave = cost.ends_sums
+
+    def under(self, bound: float) -> tuple[Table, Table]:
+        """Sums of stages and links, infinite where one of them is slower than ``bound``."""
+        stages = np.where(self.streams <= bound, self.sums, np.inf)
+        return stages, np.where(self.link_streams <= bound, self.links, np.inf)
+
+    def begin(self, device: int) -> Table:
+        """[cut]: the sums before a first stage on ``device``."""
+        start = np.full(self.sums.shape[1], np.inf)
+        start[0] = self.enter[device]
+        return start
+
+    def found(self, total: float, shares: Sequence[Share]) -> _Found:
+        slowest = max(float(self.streams[s.device, s.first, s.end]) for s in shares)
+        for one, other in pairwise(shares):
+            slowest = max(slowest, float(self.link_streams[one.device, other.device]))
+        return _Found(total, slowest, tuple(shares))
+
+
+class _AnyOrder:
+    """Every set of devices in every order: 2^n * n steps of one device each."""
+
+    def __init__(self, cost: CostModel, wanted: Wanted) -> None:
+        self._tables = _Tables(cost, wanted)
+        count = len(cost.offers)
+        must = sum(1 << device for device in wanted.required)
+        self._goals = [
+            chosen
+            for chosen in range(1, 1 << count)
+            if chosen.bit_count() >= wanted.min_stages and chosen & must == must
         ]
-        for first in points
-    ]
-    return [[[_load(need, o.memory_bytes) for need in row] for row in needs] for o in offers]
 
-
-def _load(need: int | None, offer: int) -> float:
-    if need is None or need > offer:  # decided in integers: a rounded quotient must not let it pass
-        return math.inf
-    return need / offer if offer else 0.0
-
-
-def _masks(loads: _Loads, peak: float) -> _Masks:
-    return [
-        [sum(1 << end for end, load in enumerate(row) if load <= peak) for row in table]
-        for table in loads
-    ]
-
-
-def _lowest_peak(
-    loads: _Loads, peaks: Sequence[float], stages: int, pieces: int, route: _Route
-) -> tuple[Share, ...] | None:
-    """The shares with the lowest peak that ``route`` finds. ``peaks`` are all loads, ascending."""
-    # More memory never makes an assignment impossible, so feasibility is monotonic in the peak.
-    at = bisect_left(
-        peaks, True, key=lambda peak: route(_masks(loads, peak), stages, pieces) is not None
-    )
-    devices = route(_masks(loads, peaks[at]), stages, pieces)
-    return None if devices is None else _even_shares(loads, devices, pieces, peaks[at])
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
-
-
-def _extend(reached: int, row: Sequence[int]) -> int:
-    """The cut points reached when one device goes on from any of the ``reached`` ones."""
-    beyond = 0
-    for first in _bits(reached):
-        beyond |= row[first]
-    return beyond
-
-
-def _comes_from(reached: int, row: Sequence[int], end: int) -> int | None:
-    """A reached cut point from which the device gets to ``end``."""
-    return next((first for first in _bits(reached) if row[first] >> end & 1), None)
-
-
-def _route_in_order(masks: _Masks, stages: int, pieces: int) -> list[int] | None:
-    """Devices keep the order of the offers; any may be left out."""
-    # reached[d][k]: cut points where k of the first d devices can end.
-    reached = [[1] + [0] * stages]
-    for row in masks:
-        last = reached[-1]
-        reached.append([1] + [last[k] | _extend(last[k - 1], row) for k in range(1, stages + 1)])
-    if not reached[-1][stages] >> pieces & 1:
-        return None
-    devices: list[int] = []
-    end, left = pieces, stages
-    for device in range(len(masks) - 1, -1, -1):
-        if left and not reached[device][left] >> end & 1:
-            first = _comes_from(reached[device][left - 1], masks[device], end)
-            if first is None:
-                return None
-            devices.append(device)
-            end, left = first, left - 1
-    return devices[::-1]
-
-
-def _route_in_any_order(masks: _Masks, stages: int, pieces: int) -> list[int] | None:
-    """Every choice and order of ``stages`` devices, by dynamic programming over sets of them."""
-    reached: dict[int, int] = {0: 1}
-    goal = None
-    for chosen in range(1, 1 << len(masks)):
-        if chosen.bit_count() > stages:
-            continue
-        reached[chosen] = 0
-        for device in _bits(chosen):
-            reached[chosen] |= _extend(reached[chosen ^ 1 << device], masks[device])
-        if goal is None and chosen.bit_count() == stages and reached[chosen] >> pieces & 1:
-            goal = chosen
-    if goal is None:
-        return None
-    devices: list[int] = []
-    end = pieces
-    while goal:
-        for device in _bits(goal):
-            first = _comes_from(reached[goal ^ 1 << device], masks[device], end)
-            if first is not None:
-                devices.append(device)
-                goal, end = goal ^ 1 << device, first
-                break
-        else:
+    def solve(self, bound: float) -> _Found | None:
+        tables = self._tables
+        stages, links = tables.under(bound)
+        count, cuts = tables.count, stages.shape[1]
+        # reached[set, last, cut]: the smallest sum of these devices up to this cut.
+        reached = np.full((1 << count, count, cuts), np.inf)
+        for chosen in range(1, 1 << count):
+            for last in range(count):
+                if chosen >> last & 1:
+                    before = self._before(reached, links, chosen ^ 1 << last, last)
+                    reached[chosen, last] = (before[:, None] + stages[last]).min(axis=0)
+        if not self._goals:
             return None
-    return devices[::-1]
+        ends = reached[self._goals, :, -1] + tables.leave[None, :]
+        goal, last = divmod(int(np.argmin(ends[:, ::-1])), count)
+        chosen, last = self._goals[goal], count - 1 - last  # of equals, the given order
+        total = float(reached[chosen, last, -1] + tables.leave[last])
+        if not np.isfinite(total):
+            return None
+        shares: list[Share] = []
+        end = cuts - 1
+        while chosen:
+            rest = chosen ^ 1 << last
+            before = self._before(reached, links, rest, last)
+            first = int(np.argmin(before + stages[last, :, end]))
+            shares.append(Share(last, first, end))
+            if rest:
+                ways = reached[rest, :, first] + links[:, last]
+                last = count - 1 - int(np.argmin(ways[::-1]))
+            chosen, end = rest, first
+        return tables.found(total, shares[::-1])
+
+    def _before(self, reached: Table, links: Table, rest: int, device: int) -> Table:
+        """[cut]: the smallest sum of the devices ``rest`` up to a cut, and on to ``device``."""
+        if not rest:
+            return self._tables.begin(device)
+        ways: Table = (reached[rest] + links[:, device, None]).min(axis=0)
+        return ways
 
 
-def _even_shares(
-    loads: _Loads, devices: Sequence[int], pieces: int, peak: float
-) -> tuple[Share, ...] | None:
-    """Cut for these devices in this order, no load above ``peak``, loads as even as possible."""
-    # best[p] after n devices: (sum of squared loads, cut points so far) when they end at p.
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
-    for device in devices:
-        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for first, (cost, cuts) in best.items():
-            for end in range(first + 1, pieces + 1):
-                load = loads[device][first][end]
-                if load > peak:
-                    continue
-                total = cost + load * load
-                if end not in reached or total < reached[end][0]:
-                    reached[end] = (total, (*cuts, end))
-        best = reached
-    if pieces not in best:
-        return None
-    cuts = best[pieces][1]
-    return tuple(Share(device, cuts[at], cuts[at + 1]) for at, device in enumerate(devices))
+class _InOrder:
+    """One order of the devices, any of them left out but the required ones."""
+
+    def __init__(self, cost: CostModel, wanted: Wanted, order: Sequence[int]) -> None:
+        self._tables = _Tables(cost, wanted)
+        self._order = list(order)
+        # The last required device before each place: nothing earlier may come right before it.
+        self._since: list[int] = []
+        since = 0
+        self._must_begin = len(order)
+        for place, device in enumerate(order):
+            self._since.append(since)
+            if device in wanted.required:
+                since = place
+                self._must_begin = min(self._must_begin, place)
+        self._must_end = since if wanted.required else 0
+
+    def solve(self, bound: float) -> _Found | None:
+        tables, order = self._tables, self._order
+        stages, links = tables.under(bound)
+        count, cuts = tables.count, stages.shape[1]
+        most = max(1, self._tables.wanted.min_stages)
+        # reached[k, place, cut]: the smallest sum with the last stage at this place of the order
+        # and k stages so far; k stops counting at as many as are asked for.
+        reached = np.full((most + 1, count, cuts), np.inf)
+        for place, device in enumerate(order):
+            for stage in range(1, most + 1):
+                before = self._before(reached, links, stage, place)
+                if np.isfinite(before).any():
+                    reached[stage, place] = (before[:, None] + stages[device]).min(axis=0)
+        ends = reached[most, self._must_end :, -1] + tables.leave[order[self._must_end :]]
+        place = int(np.argmin(ends)) + self._must_end
+        total = float(ends[place - self._must_end])
+        if not np.isfinite(total):
+            return None
+        shares: list[Share] = []
+        stage, end = most, cuts - 1
+        while True:
+            device = order[place]
+            before = self._before(reached, links, stage, place)
+            first = int(np.argmin(before + stages[device, :, end]))
+            shares.append(Share(device, first, end))
+            if first == 0:
+                return tables.found(total, shares[::-1])
+            ways = self._ways(reached, links, stage, place)[:, :, first]
+            which, back = divmod(int(np.argmin(ways)), ways.shape[1])
+            stage, place = self._counts(stage)[which], self._since[place] + back
+            end = first
+
+    def _counts(self, stage: int) -> list[int]:
+        """How many stages there may have been before the ``stage``-th."""
+        most = max(1, self._tables.wanted.min_stages)
+        return [stage - 1, most] if stage == most else [stage - 1]
+
+    def _ways(self, reached: Table, links: Table, stage: int, place: int) -> NDArray[np.float64]:
+        """[count before, place before, cut]: the sums up to a cut and on to this place."""
+        device, since = self._order[place], self._since[place]
+        hops = links[self._order[since:place], device]
+        ways: Table = reached[self._counts(stage), since:place] + hops[None, :, None]
+        return ways
+
+    def _before(self, reached: Table, links: Table, stage: int, place: int) -> Table:
+        """[cut]: the smallest sum before the ``stage``-th stage at ``place``."""
+        before = np.full(reached.shape[2], np.inf)
+        if stage == 1 and place <= self._must_begin:
+            before = self._tables.begin(self._order[place])
+        if place > self._since[place]:
+            ways = self._ways(reached, links, stage, place)
+            before = np.minimum(before, ways.min(axis=(0, 1)))
+        return before

@@ -1,14 +1,16 @@
-"""Plans, and the reasons for them in words: as a person asked, or by memory. Pure.
+"""Plans with their predictions: the fastest that fits, or as a person asked. Pure.
 
-The decision which device gets what is ``partition``'s; here it becomes a ``Plan``, or an error
-with the numbers that rule it out.
+The decision which device gets what is ``partition``'s, the seconds are ``cost``'s, the words are
+``reasons``'; here they become a ``Plan``, or an error with the numbers that rule it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from edgellm.errors import NoPlanError, SplitError
+from edgellm.planner.cost import CostModel, Prediction, Share
 from edgellm.planner.inputs import (
     DeviceOffer,
     ModelCard,
@@ -19,26 +21,82 @@ from edgellm.planner.inputs import (
     offered,
 )
 from edgellm.planner.manual import ManualStage, check_against
-from edgellm.planner.partition import FREE_ORDER, Partition, Share, partition_by_memory
-from edgellm.types import EngineSettings, Epoch, Plan, Stage
+from edgellm.planner.partition import FREE_ORDER, Partition, Wanted, partition_by_speed
+from edgellm.planner.reasons import LeftOut, Solo, best_solo, left_out, why_as_asked, why_fastest
+from edgellm.planner.speeds import Links, Workload
+from edgellm.types import DeviceId, EngineSettings, Epoch, Plan, Stage
 
 _HINT = "A smaller --ctx, a smaller --kv-type or a smaller quantisation needs less."
 
 
-def plan_manual(
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A plan, what it will take, and what was weighed against it."""
+
+    plan: Plan
+    prediction: Prediction
+    solo: Solo | None
+    """The fastest single device that could hold the model; None where there is none."""
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What beside the devices decides how fast a plan is."""
+
+    links: Links = field(default_factory=Links)
+    workload: Workload = field(default_factory=Workload)
+    coordinator_id: DeviceId | None = None
+    """The device that sends the tokens in and gets them back; None: none of those that offer."""
+
+
+def plan_for(
+    card: ModelCard,
+    offers: Sequence[DeviceOffer],
+    settings: EngineSettings,
+    epoch: Epoch,
+    situation: Situation | None = None,
+    *,
+    min_stages: int = 1,
+    use_all: bool = False,
+    partition: Partition = partition_by_speed,
+) -> Explained:
+    """The plan with the fastest request, one device alone and devices left out among those tried.
+
+    ``min_stages`` asks for at least so many stages, ``use_all`` for a stage on every device
+    (as far as the model can be cut). Raises NoPlanError, with the numbers, where nothing fits.
+    """
+    check_offers(offers)
+    if not offers:
+        raise NoPlanError("no device offers its memory.", hint="Start one with: edgellm join.")
+    cost = _cost(card, offers, settings, situation)
+    most = cost.spans.most_stages() if use_all else 0
+    wanted = Wanted(min(len(offers), most) if use_all else min_stages)
+    shares = partition(cost, wanted)
+    if shares is None:
+        raise _no_plan(cost, wanted.min_stages)
+    prediction, solo = cost.predict(shares), best_solo(cost)
+    rest = left_out(cost, wanted, shares, partition)
+    why = why_fastest(prediction, solo, rest, wanted.min_stages)
+    return Explained(_plan(cost, shares, epoch, why), prediction, solo, rest)
+
+
+def plan_as_asked(
     card: ModelCard,
     offers: Sequence[DeviceOffer],
     manual: Sequence[ManualStage],
     settings: EngineSettings,
     epoch: Epoch,
-) -> Plan:
+    situation: Situation | None = None,
+) -> Explained:
     """The plan that ``--stages`` asks for.
 
     Raises SplitError where the split is not one of this model and these devices, NoPlanError
     where a stage does not fit its device.
     """
     check_offers(offers)
-    spans = SpanTable(card, settings)
+    cost = _cost(card, offers, settings, situation)
+    spans = cost.spans
     by_name = {offer.name: at for at, offer in enumerate(offers)}
     number = {cut: at for at, cut in enumerate(spans.cuts)}
     shares = tuple(
@@ -60,83 +118,38 @@ def plan_manual(
             )
     if short:
         raise NoPlanError(f"the split asked for does not fit: {'; '.join(short)}.", hint=_HINT)
-    return _plan(spans, offers, shares, settings, epoch, "Split as asked with --stages.")
+    prediction, solo = cost.predict(shares), best_solo(cost)
+    why = why_as_asked(prediction, solo)
+    return Explained(_plan(cost, shares, epoch, why), prediction, solo, ())
 
 
-def plan_by_memory(
+def _cost(
     card: ModelCard,
     offers: Sequence[DeviceOffer],
     settings: EngineSettings,
-    epoch: Epoch,
-    *,
-    min_stages: int = 1,
-    use_all: bool = False,
-    partition: Partition = partition_by_memory,
-) -> Plan:
-    """One device alone if it can hold the model, else the fewest that can, by their memory.
-
-    ``min_stages`` asks for at least so many stages, ``use_all`` for a stage on every device
-    (as far as the model can be cut). Raises NoPlanError, with the numbers, where nothing fits.
-    """
-    check_offers(offers)
-    if not offers:
-        raise NoPlanError("no device offers its memory.", hint="Start one with: edgellm join.")
+    situation: Situation | None,
+) -> CostModel:
+    told = situation or Situation()
     spans = SpanTable(card, settings)
-    wanted = min(len(offers), spans.most_stages()) if use_all else min_stages
-    shares = partition(spans, offers, wanted)
-    if shares is None:
-        raise _no_plan(spans, offers, wanted)
-    return _plan(spans, offers, shares, settings, epoch, _why(spans, offers, shares, wanted))
+    return CostModel(spans, offers, told.links, told.workload, told.coordinator_id)
 
 
-def _plan(
-    spans: SpanTable,
-    offers: Sequence[DeviceOffer],
-    shares: Sequence[Share],
-    settings: EngineSettings,
-    epoch: Epoch,
-    why: str,
-) -> Plan:
+def _plan(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> Plan:
+    spans = cost.spans
     stages = tuple(
         Stage(
-            device=offers[share.device].name,
-            device_id=offers[share.device].device_id,
+            device=cost.offers[share.device].name,
+            device_id=cost.offers[share.device].device_id,
             span=spans.span(share.first, share.end),
             memory_bytes=spans.memory(share.first, share.end),
         )
         for share in shares
     )
-    return Plan(epoch=epoch, layers=spans.cuts[-1], stages=stages, settings=settings, why=why)
+    return Plan(epoch=epoch, layers=spans.cuts[-1], stages=stages, settings=spans.settings, why=why)
 
 
-def _why(
-    spans: SpanTable, offers: Sequence[DeviceOffer], shares: Sequence[Share], wanted: int
-) -> str:
-    whole = mib_needed(spans.memory(0, spans.pieces))
-    chosen = [offers[share.device] for share in shares]
-    if len(chosen) == 1:
-        only = chosen[0]
-        return (
-            f"The whole model needs {whole} and {only.name} offers {mib(only.memory_bytes)},"
-            " so no other device is needed."
-        )
-    names = _listed([offer.name for offer in chosen])
-    if len(chosen) == wanted:
-        reason = f"Split over {names}, because {wanted} stages were asked for"
-    else:
-        fewer = "no device alone" if len(chosen) == 2 else f"no {len(chosen) - 1} devices"
-        reason = f"Split over {names}, because {fewer} can hold the {whole} that the model needs"
-    order = [share.device for share in shares]
-    if order != sorted(order):
-        reason += "; in this order, because the given one does not fit"
-    left_out = [offer.name for offer in offers if offer not in chosen]
-    if left_out:
-        verb = "is" if len(left_out) == 1 else "are"
-        reason += f"; {_listed(left_out)} {verb} not needed"
-    return f"{reason}; layers are shared out in proportion to memory."
-
-
-def _no_plan(spans: SpanTable, offers: Sequence[DeviceOffer], wanted: int) -> NoPlanError:
+def _no_plan(cost: CostModel, wanted: int) -> NoPlanError:
+    spans, offers = cost.spans, cost.offers
     whole = mib_needed(spans.memory(0, spans.pieces))
     numbers = f"the model needs {whole} on one device; {offered(offers)}"
     most = spans.most_stages()
@@ -162,7 +175,3 @@ def _no_plan(spans: SpanTable, offers: Sequence[DeviceOffer], wanted: int) -> No
         if len(offers) > FREE_ORDER:
             numbers += " in this order"
     return NoPlanError(f"the model does not fit: {numbers}.", hint=_HINT)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

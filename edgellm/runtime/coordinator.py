@@ -19,8 +19,12 @@ from edgellm.errors import (
     UsageError,
     error_from_dict,
 )
+from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.pipeline import Pipeline
+from edgellm.runtime.questions import Questions
+from edgellm.runtime.services import Services
 from edgellm.runtime.session import Introduction, Session
+from edgellm.runtime.shares import Share, Shares
 from edgellm.transport.base import Transport
 from edgellm.types import Epoch, Plan
 from edgellm.wire.frames import Frame
@@ -28,10 +32,11 @@ from edgellm.wire.messages import (
     NO_SEQUENCE,
     DeviceInfo,
     ErrorReport,
+    FileWanted,
     LoadProgress,
     LoadStage,
     Message,
-    QueryDevice,
+    PeerAddress,
     StageReady,
     StageStats,
     Tokens,
@@ -40,8 +45,10 @@ from edgellm.wire.messages import (
 from edgellm.wire.plain import settings_to_plain
 from edgellm.wire.tensors import LOGIT_BYTES
 
-QUERY_WITHIN_S = 10.0
-LOAD_WITHIN_S = 600.0
+LOAD_WITHIN_S = 6 * 3600.0
+"""Longest load at all; tens of gigabytes over a slow Wi-Fi take hours."""
+STALL_S = 300.0
+"""Longest time that a load may go without any device telling of progress."""
 Progress = Callable[[str, LoadProgress], None]
 """Told (device name, how far its part of the load is)."""
 
@@ -59,6 +66,22 @@ class Peer:
     host: str
     port: int
     session: Session
+    how: str = ""
+    """How it was found, in a word or two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The way from one device to another, as measured from the first."""
+
+    source: str
+    """Name of a device."""
+    target: str
+    round_trip_s: float
+    """Of one token's activations."""
+    bytes_per_s: float
+    problem: str = ""
+    """Why it could not be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +89,11 @@ class ModelSource:
     """Which model, for every device of a plan."""
 
     engine: str
+    name: str
     path: str
+    """Of the file. It is told on this machine only: elsewhere it means nothing."""
     digest: str
+    """Empty where there is no file."""
     width: int
     vocab: int
 
@@ -81,15 +107,24 @@ class Coordinator:
         self._peers: dict[str, Peer] = {}
         self._pipelines: dict[int, Pipeline] = {}
         self._loading: dict[tuple[int, int], asyncio.Future[StageReady]] = {}
-        self._infos: dict[Session, asyncio.Future[DeviceInfo]] = {}
+        self.questions = Questions()
         self._progress: Progress = lambda device, progress: None
+        self._heard = 0.0
+        self.shares = Shares()
+        """What devices may fetch from here."""
+        self._services = Services(TensorExchange(self.shares), self._dial)
 
     @property
     def peers(self) -> Mapping[str, Peer]:
         """Connected devices by name."""
         return self._peers
 
-    async def connect(self, host: str, port: int, *, via: Transport | None = None) -> Peer:
+    async def _dial(self, host: str, port: int) -> Session:
+        return await Session.dial(self._transport, host, port, self._me, self)
+
+    async def connect(
+        self, host: str, port: int, *, via: Transport | None = None, how: str = ""
+    ) -> Peer:
         """Connect to the device that others reach at ``host:port`` and ask what it is.
 
         ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError,
@@ -98,7 +133,7 @@ class Coordinator:
         """
         session = await Session.dial(via or self._transport, host, port, self._me, self)
         try:
-            peer = self._admit(Peer(await self._ask(session), host, port, session))
+            peer = self._admit(Peer(await self._ask(session), host, port, session, how))
         except BaseException:
             await session.close()
             raise
@@ -106,17 +141,23 @@ class Coordinator:
             await session.close()
         return peer
 
+    async def refresh(self, peer: Peer) -> Peer:
+        """The device with what it says of itself now. Raises PeerLostError."""
+        info = dataclasses.replace(await self._ask(peer.session), name=peer.info.name)
+        fresh = self._peers[info.name] = dataclasses.replace(peer, info=info)
+        return fresh
+
+    async def measure_link(self, source: Peer, target: Peer) -> Link:
+        """Have ``source`` measure its link to ``target``. Raises PeerLostError."""
+        info = target.info
+        where = PeerAddress(info.device_id, info.name, target.host, target.port)
+        found = await self.questions.link(source.session, where)
+        return Link(
+            source.info.name, info.name, found.round_trip_s, found.bytes_per_s, found.problem
+        )
+
     async def _ask(self, session: Session) -> DeviceInfo:
-        waiting: asyncio.Future[DeviceInfo] = asyncio.get_running_loop().create_future()
-        self._infos[session] = waiting
-        try:
-            session.send(QueryDevice())
-            async with asyncio.timeout(QUERY_WITHIN_S):
-                info = await waiting
-        except TimeoutError as error:
-            raise PeerLostError(f"{session.address} did not say what it is in time.") from error
-        finally:
-            del self._infos[session]
+        info = await self.questions.device(session)
         greeted = session.peer
         if (info.name, info.device_id) != (greeted.name, greeted.device_id):
             raise RemoteProtocolError(
@@ -128,22 +169,39 @@ class Coordinator:
         return info
 
     def _admit(self, peer: Peer) -> Peer:
-        """``peer``, or the same device as it is connected already."""
-        known = self._peers.setdefault(peer.info.name, peer)
-        if known.info.device_id != peer.info.device_id:
+        """``peer``, or the same device as it is connected already.
+
+        Plans name devices, so a second device of one name is told apart by a part of its id.
+        """
+        for known in self._peers.values():
+            if known.info.device_id == peer.info.device_id:
+                return known
+        if peer.info.name in self._peers:
+            name = f"{peer.info.name[:59]}-{peer.info.device_id[:4]}"
+            peer = dataclasses.replace(peer, info=dataclasses.replace(peer.info, name=name))
+        if peer.info.name in self._peers:
             raise UsageError(
-                f"two devices are named {known.info.name} ({known.host}:{known.port} and"
-                f" {peer.host}:{peer.port}).",
-                hint="Give one of them another --name.",
+                f"two devices are named {peer.info.name}.", hint="Give one of them another --name."
             )
-        return known
+        self._peers[peer.info.name] = peer
+        return peer
+
+    def name_of(self, session: Session) -> str:
+        """The name that plans have for the device at the other end."""
+        names = (name for name, peer in self._peers.items() if peer.session is session)
+        return next(names, session.peer.name)
 
     async def load(
-        self, plan: Plan, source: ModelSource, progress: Progress | None = None
+        self,
+        plan: Plan,
+        source: ModelSource,
+        progress: Progress | None = None,
+        share: Share | None = None,
     ) -> Pipeline:
         """Have every device of the plan load its stage; all of them, or none stays loaded.
 
-        Raises the first stage's error, or DeadlineError.
+        ``share`` says what the stages are made of; without it each stage has the whole model on
+        its own disk, at ``source.path``. Raises the first stage's error, or DeadlineError.
         """
         self._progress = progress or self._progress
         peers = [self._peer(stage.device) for stage in plan.stages]
@@ -152,13 +210,15 @@ class Coordinator:
         waiting = [loop.create_future() for _ in peers]
         try:
             self._pipelines[plan.epoch] = pipeline
+            if share is not None:
+                self.shares.add(plan.epoch, share)
             logits_bytes = plan.settings.sequences * source.vocab * LOGIT_BYTES
             pipeline.last.allow_payloads({kind_of(Tokens): logits_bytes})
             for index, peer in enumerate(peers):
                 self._loading[plan.epoch, index] = waiting[index]
-                peer.session.send(self._request(plan, source, peers, index))
-            async with asyncio.timeout(LOAD_WITHIN_S):
-                await asyncio.gather(*waiting)
+                files = share.files[index] if share is not None else ()
+                peer.session.send(self._request(plan, source, peers, index, files))
+            pipeline.loads = await self._loaded(waiting)
         except TimeoutError as error:
             self.unload(pipeline)
             raise DeadlineError("the stages were not loaded in time.") from error
@@ -173,6 +233,25 @@ class Coordinator:
                     future.exception()  # one error is raised, the others are its echo
         return pipeline
 
+    async def _loaded(
+        self, waiting: Sequence[asyncio.Future[StageReady]]
+    ) -> tuple[dict[str, float], ...]:
+        """What each stage's load took. Raises TimeoutError when nothing happens for too long."""
+        clock = asyncio.get_running_loop().time
+        self._heard = begun = clock()
+        while any(not future.done() for future in waiting):
+            until = min(self._heard + STALL_S, begun + LOAD_WITHIN_S)
+            if clock() >= until:
+                raise TimeoutError
+            done, _ = await asyncio.wait(
+                [future for future in waiting if not future.done()],
+                timeout=until - clock(),
+                return_when=asyncio.FIRST_EXCEPTION,
+            )
+            for future in done:
+                future.result()
+        return tuple(future.result().figures for future in waiting)
+
     def _peer(self, device: str) -> Peer:
         peer = self._peers.get(device)
         if peer is None:
@@ -180,7 +259,12 @@ class Coordinator:
         return peer
 
     def _request(
-        self, plan: Plan, source: ModelSource, peers: Sequence[Peer], index: int
+        self,
+        plan: Plan,
+        source: ModelSource,
+        peers: Sequence[Peer],
+        index: int,
+        files: Sequence[FileWanted],
     ) -> LoadStage:
         span = plan.stages[index].span
         after = peers[index + 1] if index + 1 < len(peers) else None
@@ -194,7 +278,12 @@ class Coordinator:
             first=span.first,
             end=span.end,
             layers=plan.layers,
-            model={"engine": source.engine, "path": source.path, "digest": source.digest},
+            model={
+                "engine": source.engine,
+                "name": source.name,
+                "path": source.path if peers[index].session.local or not source.digest else "",
+                "digest": source.digest,
+            },
             settings=settings_to_plain(settings),
             next_host=after.host if after else "",
             next_port=after.port if after else 0,
@@ -202,11 +291,17 @@ class Coordinator:
             vocab=source.vocab,
             deadline_s=LOAD_WITHIN_S,
             previous_id=peers[index - 1].info.device_id if index else "",
+            files=tuple(files),
+            sources=tuple(
+                PeerAddress(peer.info.device_id, peer.info.name, peer.host, peer.port)
+                for peer in self._peers.values()
+            ),
         )
 
     def unload(self, pipeline: Pipeline) -> None:
         """Free a plan's stages everywhere."""
         self._pipelines.pop(pipeline.plan.epoch, None)
+        self.shares.drop(pipeline.plan.epoch)
         pipeline.unload()
 
     async def close(self) -> None:
@@ -215,6 +310,7 @@ class Coordinator:
             self.unload(pipeline)
         for peer in list(self._peers.values()):
             await peer.session.close()
+        await self._services.close()
 
     # --- SessionHandler ---------------------------------------------------------------
 
@@ -227,22 +323,22 @@ class Coordinator:
             pipeline = self._pipelines.get(message.epoch)
             if pipeline is not None and session is pipeline.last:
                 pipeline.on_tokens(message, frame)
-        elif isinstance(message, DeviceInfo):
-            waiting = self._infos.get(session)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(message)
         elif isinstance(message, StageReady):
             future = self._loading.get((message.epoch, message.index))
             if self._named(session, message) and future is not None and not future.done():
+                self._heard = asyncio.get_running_loop().time()
                 future.set_result(message)
         elif isinstance(message, LoadProgress):
             if self._named(session, message):
-                self._progress(session.peer.name, message)
+                self._heard = asyncio.get_running_loop().time()
+                self._progress(self.name_of(session), message)
         elif isinstance(message, StageStats):
             if pipeline := self._named(session, message):
                 pipeline.on_stats(message)
         elif isinstance(message, ErrorReport):
             self._on_error(session, message)
+        elif not self.questions.take(session, message):
+            self._services.take(session, message)  # anything else is stale or a mistake
 
     def _named(
         self, session: Session, message: StageReady | LoadProgress | StageStats
@@ -255,7 +351,7 @@ class Coordinator:
 
     def _on_error(self, session: Session, message: ErrorReport) -> None:
         error = error_from_dict(message.error)
-        error.device = error.device or session.peer.name
+        error.device = error.device or self.name_of(session)
         pipeline = self._pipelines.get(message.epoch)
         if pipeline is None or session not in pipeline.sessions:
             return
@@ -274,8 +370,8 @@ class Coordinator:
 
     def on_session_closed(self, session: Session) -> None:
         """Every plan that needs this device has failed."""
-        for waiting in [f for s, f in self._infos.items() if s is session and not f.done()]:
-            waiting.set_exception(PeerLostError(f"{session.address} hung up."))
+        self._services.closed(session)
+        self.questions.closed(session)
         # By its session: what it called itself is only its word.
         name = next((n for n, peer in self._peers.items() if peer.session is session), None)
         if name is None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgellm.engine.base import StageConfig
 from edgellm.engine.host import HostFactory, StageHost
@@ -26,14 +27,18 @@ from edgellm.errors import (
     StageError,
     error_from_dict,
 )
+from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.session import Session
-from edgellm.store.shards import ModelShape, ShardFiles, ShardFolder
+from edgellm.runtime.stagefiles import StageFilesMaker
+from edgellm.store.cache import ShardCache
+from edgellm.store.shards import ShardFiles
 from edgellm.types import LayerSpan
 from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Frame
 from edgellm.wire.messages import (
     CloseSequence,
     ErrorReport,
     Hidden,
+    LoadProgress,
     LoadStage,
     OpenSequence,
     StageReady,
@@ -62,9 +67,11 @@ class StageParts:
 
     device: str
     start_host: HostFactory
-    shards: ShardFolder
+    device_id: str
+    cache: ShardCache
+    exchange: TensorExchange
     dial: Callable[[str, int], Awaitable[Session]]
-    """Connects to the next stage's node."""
+    """Connects to the next stage's node, and to those that hold tensors."""
     threads: int = 0
     """This device's own limit; 0: what the plan says."""
     pin: tuple[int, ...] = ()
@@ -89,13 +96,15 @@ class HostedStage:
         self._on_broken = on_broken
         self._upstream: Session | None = None
         self._host: StageHost | None = None
-        self._cutting: asyncio.Task[ShardFiles] | None = None
+        self._files: StageFilesMaker | None = None
         self._next: Session | None = None
         self._ready: asyncio.Future[StageReady] = asyncio.get_running_loop().create_future()
         self._loading: asyncio.Task[None] | None = None
         self._congested: asyncio.Task[None] | None = None
         self._deadlines: dict[int, float] = {}
         self._closed = False
+        self._memory_bytes = 0
+        self._since = asyncio.get_running_loop().time()
         settings = settings_from_plain(request.settings)
         most = parts.threads or os.cpu_count() or 1
         threads = min(settings.threads or most, most)
@@ -118,6 +127,20 @@ class HostedStage:
     def first(self) -> bool:
         """Whether it takes token ids from the coordinator, rather than a neighbour's rows."""
         return self._request.index == 0
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """What it is, for people who ask (``edgellm ps``)."""
+        request = self._request
+        return {
+            "model": str(request.model.get("name", ""))[:200],
+            "layers": [request.first, request.end],
+            "stage": request.index,
+            "stages": request.stage_count,
+            "memory_bytes": self._memory_bytes,
+            "coordinator": self.coordinator.peer.name,
+            "since_s": round(now - self._since, 1),
+            "ready": self._memory_bytes > 0,
+        }
 
     def takes_rows_from(self, session: Session) -> bool:
         """Whether this peer may send it rows, and open and close sequences: the coordinator at
@@ -161,7 +184,7 @@ class HostedStage:
         try:
             async with asyncio.timeout(request.deadline_s):
                 config = await self._config()
-                cut_s = time.perf_counter() - started
+                self._tell("load", 0, 0)
                 if request.next_port:
                     self._next = await self._parts.dial(request.next_host, request.next_port)
                     self._next.on_close(self._next_lost)
@@ -175,8 +198,17 @@ class HostedStage:
                 f"{self.label} was not loaded within {request.deadline_s:.0f} s.",
                 device=self._parts.device,
             ) from error
-        timings = {**ready.timings, "cut_s": cut_s, "total_s": time.perf_counter() - started}
-        self.coordinator.send(StageReady(request.epoch, request.index, ready.memory_bytes, timings))
+        self._memory_bytes = ready.memory_bytes
+        figures = {**ready.figures, "total_s": time.perf_counter() - started}
+        if self._files is not None:
+            figures |= self._files.figures.to_plain()
+        self.coordinator.send(StageReady(request.epoch, request.index, ready.memory_bytes, figures))
+
+    def _tell(self, part: str, done: int, total: int) -> None:
+        """Tell the coordinator how far the load is."""
+        request = self._request
+        if not self._closed:
+            self.coordinator.send(LoadProgress(request.epoch, request.index, part, done, total))
 
     async def _config(self) -> StageConfig:
         request = self._request
@@ -184,17 +216,17 @@ class HostedStage:
         engine = str(request.model.get("engine", "llama"))
         files = ShardFiles(Path(str(request.model.get("path", ""))))
         if engine == "llama":
-            work = asyncio.to_thread(
-                self._parts.shards.prepare,
-                str(files.shard),
-                str(request.model.get("digest", "")),
-                span,
-                request.epoch,
-                ModelShape(request.layers, request.width, request.vocab),
+            parts = self._parts
+            self._files = StageFilesMaker(
+                request,
+                self.coordinator,
+                own_id=parts.device_id,
+                cache=parts.cache,
+                exchange=parts.exchange,
+                dial=parts.dial,
+                tell=self._tell,
             )
-            # A thread cannot be cancelled: whoever closes us waits for it, to remove its files.
-            self._cutting = asyncio.create_task(work)
-            files = await asyncio.shield(self._cutting)
+            files = await self._files.make()
         return StageConfig(
             engine=engine,
             span=span,
@@ -332,7 +364,5 @@ class HostedStage:
             await self._host.stop()
         if not self._ready.cancel() and not self._ready.cancelled():
             self._ready.exception()  # whoever waited has gone
-        if self._cutting is not None:
-            with contextlib.suppress(Exception):  # told by ``load``; nothing was left behind
-                files = await self._cutting
-                await asyncio.to_thread(self._parts.shards.remove, files.made)
+        if self._files is not None:
+            await self._files.close()

@@ -146,6 +146,8 @@ class Pipeline:
         self.sessions = tuple(sessions)
         self.returned_bytes = 0
         """Bytes of all results that came back from the last stage."""
+        self.loads: tuple[dict[str, float], ...] = ()
+        """What loading each stage took; see ``StageReady``."""
         self._vocab = vocab
         self._running: dict[int, Running] = {}
         self._numbers = itertools.count(1)

@@ -1,7 +1,8 @@
 """The worker: what a node does for coordinators and neighbouring stages.
 
 One per node. It routes frames between peers and the stages it hosts; a frame of an epoch that
-is not here is stale and dropped. It decides nothing about plans.
+is not here is stale and dropped. It decides nothing about plans. What is not about stages
+(tensors, links, who else is there) goes to the node's ``Services``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 
 from edgellm.errors import EdgeError, RemoteProtocolError, StageError
 from edgellm.runtime.hosted import HostedStage, StageParts
+from edgellm.runtime.services import Services
 from edgellm.runtime.session import Session
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
@@ -22,7 +24,9 @@ from edgellm.wire.messages import (
     Message,
     OpenSequence,
     QueryDevice,
+    QueryStages,
     QueryStats,
+    StagesHeld,
     Step,
     UnloadStage,
     kind_of,
@@ -46,9 +50,11 @@ class Worker:
         parts: StageParts,
         describe: Callable[[], DeviceInfo],
         allow_payloads: Callable[[PayloadLimits], None],
+        services: Services,
     ) -> None:
         """``describe`` tells of this device; ``allow_payloads`` raises the payload limits of each
         of its connections to what the function it is given says."""
+        self._services = services
         self._parts = parts
         self._describe = describe
         self._allow_payloads = allow_payloads
@@ -75,6 +81,9 @@ class Worker:
         """Everything else. Raises RemoteProtocolError for what a worker does not take."""
         if isinstance(message, QueryDevice):
             session.send(self._describe())
+        elif isinstance(message, QueryStages):
+            held = list(self._stages.values())[:MAX_STAGES]
+            session.send(StagesHeld(tuple(stage.describe(self._clock()) for stage in held)))
         elif isinstance(message, LoadStage):
             self._load(session, message)
         elif isinstance(message, OpenSequence | CloseSequence | QueryStats | UnloadStage):
@@ -83,7 +92,7 @@ class Worker:
                 return
             self._check_sender(stage, session, message)
             self._control(stage, message, frame)
-        else:
+        elif not self._services.take(session, message):
             raise RemoteProtocolError(f"a node does not take {type(message).__name__} from a peer.")
 
     @staticmethod
@@ -115,7 +124,7 @@ class Worker:
         if request.epoch in self._stages:
             raise RemoteProtocolError(f"epoch {request.epoch} is already loaded.")
         stage = HostedStage(request, session, self._parts, self._drop)
-        refusal = self._refusal(session, request) or stage.refusal()
+        refusal = self._refusal() or stage.refusal()
         if refusal is not None:
             self._refuse(stage, refusal)
             return
@@ -133,17 +142,10 @@ class Worker:
                     limits[kind] = max(limit, limits.get(kind, 0))
         return limits
 
-    def _refusal(self, session: Session, request: LoadStage) -> EdgeError | None:
+    def _refusal(self) -> EdgeError | None:
         if len(self._stages) >= MAX_STAGES:
             return StageError(
                 f"this device already holds {MAX_STAGES} stages.", device=self._parts.device
-            )
-        if request.model.get("path") and not session.local:
-            # A path is a claim about our own disk: nobody on another machine may make it.
-            return StageError(
-                "this device does not have the model, and cannot fetch it from another one yet.",
-                device=self._parts.device,
-                hint="For now the devices of a model are on one machine.",
             )
         return None
 
@@ -167,6 +169,7 @@ class Worker:
 
     def on_session_closed(self, session: Session) -> None:
         """A coordinator that is gone frees the memory of its stages."""
+        self._services.closed(session)
         for stage in [s for s in self._stages.values() if s.coordinator is session]:
             self._drop(stage)
 
@@ -192,3 +195,4 @@ class Worker:
         for stage in list(self._stages.values()):
             self._drop(stage)
         await asyncio.gather(self._expiry, *self._tasks, return_exceptions=True)
+        await self._services.close()

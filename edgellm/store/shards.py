@@ -1,22 +1,20 @@
-"""Shards on this device's disk: cut from a model file for one stage, gone with the stage.
+"""What a stage process loads, checked against what the plan says of it.
 
-Blocking file work; callers run it in a thread. A shard appears under its final name only when it
-is whole (``modelfile.cut`` writes aside and renames). The folder belongs to one node: what a
-crash left behind is swept when the node starts again.
+Blocking, but quick: headers only. The bytes behind them were verified when the files were made.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgellm.errors import DeviceError, EdgeError, ModelFileError
-from edgellm.modelfile.architectures import architecture_rule
+from edgellm.errors import ModelFileError
 from edgellm.modelfile.card import read_card
-from edgellm.modelfile.cut import cut, write_embedding
+from edgellm.modelfile.cut import read_shard
+from edgellm.modelfile.gguf import read_header
+from edgellm.modelfile.metadata import meta_integer, meta_number, meta_string
 from edgellm.modelfile.model import Model, open_model
-from edgellm.modelfile.recipe import embedding_scale
+from edgellm.modelfile.recipe import EMBEDDING
 from edgellm.types import LayerSpan
 
 
@@ -30,8 +28,6 @@ class ShardFiles:
     residual: str = ""
     input_node: str = ""
     embedding_scale: float = 1.0
-    made: tuple[Path, ...] = ()
-    """The files that were written for this stage, to be removed with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,69 +42,67 @@ class ModelShape:
         return f"{self.layers} layers {self.width} wide and {self.vocab} tokens"
 
 
-class ShardFolder:
-    """The shards of one node, below its home."""
+def stage_files(
+    shard: Path, embedding: Path | None, *, digest: str, span: LayerSpan, shape: ModelShape
+) -> ShardFiles:
+    """What a stage loads, where its files were put together already.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def sweep(self) -> None:
-        """Remove whatever a node that died has left."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def prepare(
-        self, model_path: str, digest: str, span: LayerSpan, epoch: int, shape: ModelShape
-    ) -> ShardFiles:
-        """The files for layers ``span`` of the model at ``model_path``.
-
-        Raises ModelFileError when the file is invalid, is not the model with ``digest``, or is
-        of another ``shape`` than the plan; DeviceError when the shard cannot be written.
-        """
-        model = open_model(Path(model_path))
-        if model.digest != digest:
-            raise ModelFileError(
-                f"{model_path} is another model here than on the coordinating device.",
-                hint="Copy the same file to both devices.",
-            )
-        card = read_card(model)
-        found = ModelShape(card.n_layers, card.n_embd, card.n_vocab)
-        if found != shape:
-            raise ModelFileError(f"{model_path} has {found}, the plan says {shape}.")
-        if len(span) == model.layers:
-            # Nothing to cut; llama.cpp finds the other parts of a split file by itself.
-            return ShardFiles(model.paths[0])
-        return self._cut(model, span, epoch)
-
-    def _cut(self, model: Model, span: LayerSpan, epoch: int) -> ShardFiles:
-        stem = f"{model.digest[:16]}-{span.first}-{span.end}-{epoch}"
-        shard_path = self._folder / f"{stem}.gguf"
-        embedding_path = self._folder / f"{stem}-embedding.gguf"
-        made = (shard_path, embedding_path)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            shard = cut(model, span, shard_path)
-            embedding = write_embedding(model, embedding_path) if shard.first else None
-        except OSError as error:
-            self.remove(made)
-            raise DeviceError(
-                f"the shard of layers {span.first} to {span.end - 1} cannot be written:"
-                f" {error.strerror}.",
-                hint=f"Free some space below {self._folder}.",
-            ) from error
-        except EdgeError:
-            self.remove(made)
-            raise
-        return ShardFiles(
-            shard=shard.path,
-            embedding=embedding,
-            residual=shard.residual_node,
-            input_node=shard.input_node or "",
-            embedding_scale=embedding_scale(model, architecture_rule(model.architecture)),
-            made=made,
+    Only their headers are read. Raises ``ModelFileError`` when they are not layers ``span`` of
+    the model ``digest``, or do not have the ``shape`` that the plan says.
+    """
+    found = read_shard(shard)
+    if (found.model_digest, found.span, found.layers) != (digest, span, shape.layers):
+        raise ModelFileError(
+            f"the shard has layers [{found.span.first}, {found.span.end}) of {found.layers} of"
+            f" model {found.model_digest[:12]}, the plan says [{span.first}, {span.end}) of"
+            f" {shape.layers} of {digest[:12]}.",
+            field="edgellm.shard",
         )
+    metadata = read_header(shard).metadata
+    width = meta_integer(metadata, f"{found.architecture}.embedding_length")
+    vocab = shape.vocab
+    if found.last:
+        vocab = meta_integer(metadata, f"{found.architecture}.vocab_size") or 0
+    if (width, vocab) != (shape.width, shape.vocab):
+        told = ModelShape(found.layers, width or 0, vocab or 0)
+        raise ModelFileError(f"the shard has {told}, the plan says {shape}.")
+    wants_embedding = found.first and not found.last
+    if wants_embedding != (embedding is not None):
+        raise ModelFileError("the first of several stages, and no other, has an embedding file.")
+    scale = 1.0 if embedding is None else _embedding_scale(embedding, digest, shape)
+    return ShardFiles(
+        shard=shard,
+        embedding=embedding,
+        residual=found.residual_node,
+        input_node=found.input_node or "",
+        embedding_scale=scale,
+    )
 
-    @staticmethod
-    def remove(files: tuple[Path, ...]) -> None:
-        """Remove a stage's own files; harmless when repeated."""
-        for path in files:
-            path.unlink(missing_ok=True)
+
+def _embedding_scale(path: Path, digest: str, shape: ModelShape) -> float:
+    """What the rows of an embedding file are multiplied by."""
+    header = read_header(path)
+    table = next((t for t in header.tensors if t.name == EMBEDDING), None)
+    if table is None or table.shape != (shape.width, shape.vocab):
+        what = "nothing" if table is None else " x ".join(map(str, table.shape))
+        raise ModelFileError(f"the embedding file holds {what}, the plan says {shape}.")
+    scale = meta_number(header.metadata, "edgellm.embedding.scale")
+    if meta_string(header.metadata, "edgellm.model.digest") != digest or scale is None:
+        raise ModelFileError("the embedding file is of another model than the plan.")
+    return scale
+
+
+def open_local(path: Path, digest: str, shape: ModelShape) -> Model:
+    """A whole model on this disk, for a plan that knows it by ``digest``.
+
+    Raises ModelFileError when the file is invalid, is another model, or is of another ``shape``
+    than the plan says; UsageError when it is not there.
+    """
+    model = open_model(path)
+    if model.digest != digest:
+        raise ModelFileError(f"{path} is another model here than on the coordinating device.")
+    card = read_card(model)
+    found = ModelShape(card.n_layers, card.n_embd, card.n_vocab)
+    if found != shape:
+        raise ModelFileError(f"{path} has {found}, the plan says {shape}.")
+    return model

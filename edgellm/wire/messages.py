@@ -33,6 +33,7 @@ from edgellm.wire.tags import (
     BY_KIND,
     BY_TYPE,
     DEFAULT_PAYLOAD_LIMITS,
+    DIGEST_BYTES,
     LOCAL_KINDS,
     MAX_ECHO_BYTES,
     MAX_PIECE_BYTES,
@@ -80,6 +81,7 @@ from edgellm.wire.vocabulary import (
 
 __all__ = [
     "DEFAULT_PAYLOAD_LIMITS",
+    "DIGEST_BYTES",
     "LOCAL_KINDS",
     "MAX_ECHO_BYTES",
     "MAX_PIECE_BYTES",

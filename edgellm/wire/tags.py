@@ -276,7 +276,7 @@ _TABLE: Final = (
             _EPOCH,
             _INDEX,
             ("memory_bytes", schema.integer()),
-            ("timings", schema.mapping_of(schema.number(0.0))),
+            ("figures", schema.mapping_of(schema.number(0.0))),
         ),
     ),
     Spec(13, UnloadStage, (_EPOCH,)),

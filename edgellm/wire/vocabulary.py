@@ -77,7 +77,7 @@ class DeviceInfo:
     software: str
     engines: tuple[str, ...]
     figures: dict[str, int | float] = field(default_factory=dict)
-    """What it measured of itself, as ``probe.Figures.to_plain``; empty while nothing is known."""
+    """What it measured of itself, as ``probe.DeviceFigures.to_plain``; empty while nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +219,9 @@ class StageReady:
     epoch: int
     index: int
     memory_bytes: int
-    timings: dict[str, float]
-    """Seconds by part of the load."""
+    figures: dict[str, float]
+    """What the load took: ``PART_s`` in seconds, and bytes: ``local_bytes``, ``fetched_bytes``, and
+    ``from:NAME`` for each device that gave some."""
 
 
 @dataclass(frozen=True, slots=True)

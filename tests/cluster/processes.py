@@ -40,10 +40,17 @@ class Ended:
 
 
 def environment(temp: Path) -> dict[str, str]:
-    """Ours, with a temporary folder that the test can look into, and no EDGELLM_ settings."""
+    """Ours, with a temporary folder that the test can look into, and no EDGELLM_ settings but
+    those that keep strangers' devices, and measurements, out of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EDGELLM_")}
     path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH", ""))))
-    return kept | {"PYTHONPATH": path, "TMPDIR": str(temp), "EDGELLM_HOME": str(temp / "home")}
+    return kept | {
+        "PYTHONPATH": path,
+        "TMPDIR": str(temp),
+        "EDGELLM_HOME": str(temp / "home"),
+        "EDGELLM_DISCOVERY": "0",
+        "EDGELLM_PROBE": "0",
+    }
 
 
 def start(arguments: Sequence[str], temp: Path) -> subprocess.Popen[str]:

@@ -12,9 +12,10 @@ import pytest
 
 from edgellm.client import LoadOptions, plan_over
 from edgellm.errors import DeviceError, PeerLostError
+from edgellm.modelfile.gguf import read_header
 from edgellm.modelref import open_reference
-from edgellm.store.shards import ShardFiles, ShardFolder
-from edgellm.types import LayerSpan
+from edgellm.store.assembly import Assembly
+from edgellm.store.cache import ShardCache
 from tests.contract.test_pipeline import LAYERS, SPLITS, loaded
 from tests.contract.test_pipeline_faults import inline_three
 from tests.inline import until
@@ -53,39 +54,40 @@ async def test_a_load_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
         await until(lambda: cluster.hosted == 0 and all(s.ended for s in cluster.all_stages))
 
 
-async def test_a_load_that_is_given_up_while_it_cuts_leaves_no_file(
+async def test_a_load_that_is_given_up_while_it_copies_leaves_no_lock_and_no_half_file(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread cannot be stopped: what it writes after the end of the load must go too."""
+    """A thread cannot be stopped: what it makes after the end of the load must be given back."""
     path = write_tiny_model("llama", model_dir)
-    began, written = threading.Event(), threading.Event()
-    prepare = ShardFolder.prepare
+    began, made = threading.Event(), threading.Event()
+    assemble = ShardCache.assemble
 
-    def slowly(self: ShardFolder, *arguments: Any) -> ShardFiles:
+    def slowly(self: ShardCache, *arguments: Any, **named: Any) -> Assembly:
         began.set()
         time.sleep(0.3)
-        files = prepare(self, *arguments)
-        assert files.shard.exists()
-        written.set()
-        return files
+        named["cancel"] = None  # as if the load had been given up just too late for it
+        assembly = assemble(self, *arguments, **named)
+        made.set()
+        return assembly
 
-    monkeypatch.setattr(ShardFolder, "prepare", slowly)
     async with inline_three(tmp_path) as (cluster, _):
 
         async def load() -> None:
             async with loaded(cluster, "a:0-3,b:3-5", model=str(path)):
-                pytest.fail("it must not load")
+                pass
 
-        task = asyncio.create_task(load())
-        await until(began.is_set)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        await until(written.is_set)
-        await until(lambda: cluster.hosted == 0 and not list(tmp_path.rglob("*.gguf")))
-        await asyncio.sleep(0.1)
-        assert not cluster.all_stages
-    assert not sorted(tmp_path.rglob("*.gguf"))  # noqa: ASYNC240 - nothing else runs any more
+        with monkeypatch.context() as patched:
+            patched.setattr(ShardCache, "assemble", slowly)
+            task = asyncio.create_task(load())
+            await until(began.is_set)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(made.is_set)
+            await until(lambda: cluster.hosted == 0)
+        await load()  # whoever comes next finds no lock
+    for shard in tmp_path.rglob("shards/*.gguf"):  # noqa: ASYNC240 - nothing else runs any more
+        read_header(shard)
 
 
 @pytest.mark.parametrize(
@@ -103,20 +105,20 @@ async def test_a_load_that_fails_on_one_device_is_told_and_leaves_nothing(
     words: str,
 ) -> None:
     path = write_tiny_model("llama", model_dir)
-    prepare = ShardFolder.prepare
+    assemble = ShardCache.assemble
 
-    def fail(self: ShardFolder, model: str, digest: str, span: LayerSpan, *more: Any) -> ShardFiles:
-        if span.first:
+    def fail(self: ShardCache, *arguments: Any, **named: Any) -> Assembly:
+        if self._files.folder.parent.name == "b":
             raise broken
-        return prepare(self, model, digest, span, *more)
+        return assemble(self, *arguments, **named)
 
-    monkeypatch.setattr(ShardFolder, "prepare", fail)
+    monkeypatch.setattr(ShardCache, "assemble", fail)
     async with inline_three(tmp_path) as (cluster, _):
         with pytest.raises(DeviceError, match=words) as caught:
             async with loaded(cluster, "a:0-3,b:3-5", model=str(path)):
                 pytest.fail("it must not load")
         assert caught.value.device == "b"
-        await until(lambda: cluster.hosted == 0 and not list(tmp_path.rglob("*.gguf")))
+        await until(lambda: cluster.hosted == 0)
 
 
 async def test_a_device_that_is_gone_before_the_load_is_named(tmp_path: Path) -> None:

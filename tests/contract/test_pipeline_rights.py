@@ -19,10 +19,11 @@ from edgellm.errors import (
     StageError,
 )
 from edgellm.modelfile import read_card
+from edgellm.modelfile.cut import cut
 from edgellm.runtime.coordinator import Coordinator
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.session import Introduction, Session
-from edgellm.store.shards import ModelShape, ShardFolder
+from edgellm.store.shards import ModelShape, open_local, stage_files
 from edgellm.transport.base import Stream
 from edgellm.transport.memory import MemoryNetwork
 from edgellm.types import EngineSettings, LayerSpan
@@ -170,20 +171,25 @@ async def test_only_the_stage_before_may_send_large_payloads(tmp_path: Path) -> 
         lambda s: (s.layers, s.width, s.vocab - 1),
     ],
 )
-def test_a_shard_of_a_model_that_the_plan_has_wrong_is_not_cut(
+def test_a_model_that_the_plan_has_wrong_is_not_used(
     tmp_path: Path, model_dir: Path, shape: Callable[[ModelShape], tuple[int, int, int]]
 ) -> None:
     path = write_tiny_model("llama", model_dir)
     card = read_card(path)
     right = ModelShape(card.n_layers, card.n_embd, card.n_vocab)
-    for span in (LayerSpan(0, 3), LayerSpan(0, card.n_layers)):
-        with pytest.raises(ModelFileError, match="the plan says"):
-            ShardFolder(tmp_path).prepare(
-                str(path), card.digest, span, 1, ModelShape(*shape(right))
-            )
-        assert not list(tmp_path.iterdir())
-    files = ShardFolder(tmp_path).prepare(str(path), card.digest, LayerSpan(0, 3), 1, right)
-    assert files.shard.exists()
+    wrong = ModelShape(*shape(right))
+    with pytest.raises(ModelFileError, match="the plan says"):
+        open_local(path, card.digest, wrong)
+    assert open_local(path, card.digest, right).digest == card.digest
+    with pytest.raises(ModelFileError, match="another model"):
+        open_local(path, "0" * 64, right)
+    span = LayerSpan(card.n_layers - 2, card.n_layers)
+    shard = cut(card.model, span, tmp_path / "shard.gguf").path
+    with pytest.raises(ModelFileError, match="the plan says"):
+        stage_files(shard, None, digest=card.digest, span=span, shape=wrong)
+    with pytest.raises(ModelFileError, match="the plan says"):
+        stage_files(shard, None, digest=card.digest, span=LayerSpan(0, 2), shape=right)
+    assert stage_files(shard, None, digest=card.digest, span=span, shape=right).shard == shard
 
 
 # --- what a coordinator believes ------------------------------------------------------
@@ -298,7 +304,7 @@ async def test_a_connect_that_is_given_up_hangs_up() -> None:
             await task
         await until(lambda: liar.closed)
         assert not coordinator.peers
-        assert not coordinator._infos
+        assert not coordinator.questions._waiting
 
 
 async def test_an_honest_device_is_connected_and_forgotten_by_its_session() -> None:
@@ -372,7 +378,7 @@ async def test_a_load_that_cannot_be_sent_unloads_what_was_sent(
         make = Coordinator._request
 
         def fails(self: Coordinator, *arguments: object) -> LoadStage:
-            if arguments[-1] == 2:
+            if arguments[-2] == 2:
                 raise LocalProtocolError("it does not fit a frame.")
             return make(self, *arguments)  # type: ignore[arg-type]
 

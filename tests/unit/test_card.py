@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,66 @@ def test_hybrid(tmp_path: Path) -> None:
 def test_experts(tmp_path: Path) -> None:
     card = read_card(write_tiny_model("qwen3moe", tmp_path))
     assert (card.n_expert, card.n_expert_used, card.n_ff) == (4, 2, 32)
+
+
+def test_work_of_a_token(tmp_path: Path) -> None:
+    model = open_model(write_tiny_model("llama", tmp_path))
+    card, settings = read_card(model), EngineSettings(context=512)
+    whole = card.stage_work(LayerSpan(0, 5), settings, 256)
+    matrices = [
+        source.info
+        for name, source in model.tensors.items()
+        if name.startswith("blk.") and len(source.info.shape) == 2
+    ]
+    assert whole.prefill_flops == 2 * sum(math.prod(info.shape) for info in matrices)
+    assert whole.decode_bytes == card.span_bytes(LayerSpan(0, 5))
+    assert whole.head_bytes == VOCABULARY * WIDTH * 4
+    assert whole.scan_bytes == 256 * card.kv_bytes_per_token("f16")
+    heads = model.integer("attention.head_count") or 0
+    assert whole.scan_flops == 5 * 2 * 256 * heads * 2 * HEAD_SIZE
+    first = card.stage_work(LayerSpan(0, 2), settings, 256)
+    rest = card.stage_work(LayerSpan(2, 5), settings, 256)
+    assert first.head_bytes == 0
+    for name in ("decode_bytes", "prefill_flops", "head_bytes", "scan_bytes", "scan_flops"):
+        assert getattr(first, name) + getattr(rest, name) == getattr(whole, name)
+    # Cells are read by the 256, and there are no more than the context has.
+    assert card.stage_work(LayerSpan(0, 5), settings, 257).scan_bytes == 2 * whole.scan_bytes
+    assert card.stage_work(LayerSpan(0, 5), settings, 9999).scan_bytes == 2 * whole.scan_bytes
+    assert card.stage_work(LayerSpan(0, 5), settings, 0).scan_bytes == 0
+
+
+def test_work_of_experts_is_that_of_those_in_use(tmp_path: Path) -> None:
+    model = open_model(write_tiny_model("qwen3moe", tmp_path))
+    card = read_card(model)
+    layer = {n: s.info for n, s in model.tensors.items() if n.startswith("blk.0.")}
+    experts = sum(info.nbytes for name, info in layer.items() if "_exps." in name)
+    assert experts > 0
+    work = card.stage_work(LayerSpan(0, 1), EngineSettings(), 0)
+    assert work.decode_bytes == card.span_bytes(LayerSpan(0, 1)) - experts // 2  # 2 of 4 in use
+
+
+def test_work_of_tied_heads_windows_and_states(tmp_path: Path) -> None:
+    tied = read_card(write_tiny_model("llama-tied", tmp_path))
+    last = LayerSpan(tied.n_layers - 1, tied.n_layers)
+    assert tied.stage_work(last, EngineSettings(), 0).head_bytes == tied.embedding_bytes
+    card = read_card(write_tiny_model("gemma3", tmp_path))
+    one, settings = LayerSpan(0, 1), EngineSettings(context=4096, swa_full=False)
+    near, far = (card.stage_work(one, settings, cached).scan_bytes for cached in (256, 4096))
+    assert near == far > 0
+    hybrid = read_card(write_tiny_model("lfm2", tmp_path))
+    state = hybrid.layers[0].state_bytes
+    assert hybrid.stage_work(one, EngineSettings(), 512).scan_bytes == 2 * state
+
+
+def test_a_repacked_head_is_not_there_twice_when_the_layers_are(tmp_path: Path) -> None:
+    """Its staging copy is gone before the layers are read: TinyLlama's was 51 MiB too much."""
+    head = (("output.weight", (2048, 32000)), ("output_norm.weight", (2048,)))
+    card = read_card(describe(tmp_path / "m.gguf", layers=22, extra=head))
+    largest = card.layers[0].largest_tensor
+    many = card.stage_memory(LayerSpan(11, 22), EngineSettings())
+    assert many.loading == largest
+    one = card.stage_memory(LayerSpan(21, 22), EngineSettings())
+    assert one.loading == card.largest_outer - card.layers[21].weight_bytes > largest
 
 
 def test_heads_that_differ_by_layer(tmp_path: Path) -> None:

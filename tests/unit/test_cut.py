@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edgellm.errors import DeviceError, ModelFileError, SplitError, UsageError
+from edgellm.errors import DeviceError, ModelFileError, SplitError, UnsupportedModelError
 from edgellm.modelfile import open_model, read_header, read_shard
 from edgellm.modelfile.cut import cut, embedding_recipe, shard_recipe, write_embedding, write_shard
 from edgellm.modelfile.metadata import meta_integer, meta_string
@@ -137,9 +137,50 @@ def test_illegal_spans(model: Model, folder: Path) -> None:
     with pytest.raises(SplitError, match="5 layers") as caught:
         cut(model, LayerSpan(3, 6), folder / "s.gguf")
     assert "1, 2, 3, 4" in (caught.value.hint or "")
-    with pytest.raises(UsageError, match="every layer"):
-        cut(model, LayerSpan(0, 5), folder / "s.gguf")
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3", "lfm2"])
+def test_the_whole_span_is_the_model_without_its_tokenizer(
+    name: str, tmp_path: Path, folder: Path
+) -> None:
+    """What the only stage loads where the file is not: every tensor, real embedding and head."""
+    model = open_model(write_tiny_model(name, tmp_path))
+    shard = cut(model, LayerSpan(0, model.layers), folder / "s.gguf")
+    assert (shard.first, shard.last, shard.input_node) == (True, True, None)
+    mine, theirs = read_header(shard.path), read_header(model.paths[0])
+    assert [(t.name, t.shape, t.type) for t in mine.tensors] == [
+        (t.name, t.shape, t.type) for t in theirs.tensors
+    ]
+    again = open_model(shard.path)
+    assert all(again.read(tensor) == model.read(tensor) for tensor in model.tensors)
+    tokens = {key for key in mine.metadata if key.startswith("tokenizer.")}
+    assert tokens == {"tokenizer.ggml.model"}
+    for key, value in theirs.metadata.items():
+        if key.startswith(f"{model.architecture}."):
+            assert mine.metadata[key] == value, key
+
+
+def test_the_whole_span_of_an_architecture_that_cannot_be_cut(tmp_path: Path, folder: Path) -> None:
+    """Nothing is sliced, so nothing need be known of it; a part of it is refused."""
+    path = write_tiny_model("llama", tmp_path)
+    data = path.read_bytes()
+    assert data.count(b"llama.") > 5
+    solo = tmp_path / "solo.gguf"
+    # "bloom" is as long as "llama", so no offset changes.
+    solo.write_bytes(data.replace(b"llama", b"bloom"))
+    model = open_model(solo)
+    assert model.architecture == "bloom"
+    shard = cut(model, LayerSpan(0, 5), folder / "s.gguf")
+    assert len(read_header(shard.path).tensors) == len(model.tensors)
+    with pytest.raises(UnsupportedModelError, match="cannot be cut"):
+        cut(model, LayerSpan(0, 2), folder / "t.gguf")
+
+
+def test_sources_are_what_is_copied(model: Model) -> None:
+    recipe = shard_recipe(model, LayerSpan(0, 2))
+    assert set(recipe.sources) == {t.info.name for i in (0, 1) for t in model.layer_tensors(i)}
+    assert len(shard_recipe(model, LayerSpan(0, 5)).sources) == len(model.tensors)
 
 
 def test_source_that_gives_too_few_bytes(model: Model, folder: Path) -> None:

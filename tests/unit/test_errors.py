@@ -29,6 +29,7 @@ EXIT_CODES = {
     "DeviceError": 4,
     "StageError": 4,
     "PeerLostError": 4,
+    "FetchError": 4,
     "DeadlineError": 4,
     "ProtocolError": 4,
     "LocalProtocolError": 4,

@@ -121,7 +121,7 @@ def test_a_stage_starts_and_says_so() -> None:
     assert isinstance(ready, StageReady)
     assert (ready.epoch, ready.index) == (EPOCH, 2)
     assert ready.memory_bytes > 1 << 20
-    assert ready.timings["load_s"] >= 0
+    assert ready.figures["load_s"] >= 0
 
 
 def test_a_whole_stage_answers_tokens() -> None:

@@ -47,7 +47,10 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
     (4, m.Pong((1 << 32) - 1)),
     (5, m.ErrorReport(7, -1, StageError("it died.", device="a", hint="Retry.").to_dict())),
     (6, m.QueryDevice()),
-    (7, m.DeviceInfo("a", "cd" * 32, 8 << 30, 1 << 30, 4, "edgellm", ("llama", "stub"), {"f": 1.5})),
+    (
+        7,
+        m.DeviceInfo("a", "cd" * 32, 8 << 30, 1 << 30, 4, "edgellm", ("llama", "stub"), {"f": 1.5}),
+    ),
     (10, LOAD),
     (11, m.LoadProgress(7, 1, "fetch", 10, 20)),
     (12, m.StageReady(7, 1, 1 << 30, {"cut": 0.25, "load": 1.5})),

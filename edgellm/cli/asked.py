@@ -1,0 +1,134 @@
+"""What was asked for on the command line, in groups that several commands share.
+
+Each field is an option (see ``spread``); the methods turn what was typed into what ``client``
+takes, and raise UsageError for what typer cannot check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from edgellm.answer import GenerateOptions, LoadOptions
+from edgellm.cli import options as o
+from edgellm.cli.join import FIGURES_FOLDER
+from edgellm.cli.output import tell
+from edgellm.client import DISCOVERY_WAIT_S, device_name
+from edgellm.errors import UsageError
+from edgellm.modelref import OpenedModel, demo_model, open_reference
+from edgellm.settings import LOOPBACK, NodeSettings, default_home
+from edgellm.types import Activations, SamplerSettings
+
+_DEMO_NOTICE = (
+    "This is the small demo model: it knows a few hundred sentences. For a real one, get"
+    " a GGUF file (huggingface.co has thousands) and name it with --model."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """Which model, and how it is to be loaded."""
+
+    model: o.Model = None
+    stages: o.Stages = None
+    ctx: o.Context = None
+    kv_type: o.KvType = "f16"
+    threads: o.Threads = 0
+    chunk: o.Chunk = None
+    exact: o.Exact = False
+    activations: o.ActivationsOption = None
+
+    def options(self) -> LoadOptions:
+        kinds = [kind.value for kind in Activations]
+        if self.activations is not None and self.activations not in kinds:
+            raise UsageError(
+                f"--activations {self.activations!r} is not one of {', '.join(kinds)}."
+            )
+        return LoadOptions(
+            stages=self.stages,
+            exact=self.exact,
+            activations=Activations(self.activations) if self.activations else None,
+            context=self.ctx,
+            chunk=self.chunk,
+            kv_type=self.kv_type,
+            threads=self.threads,
+        )
+
+    async def open(self) -> OpenedModel:
+        """The model, read and validated; the demo model, and word of that, where none is named."""
+        if self.model is None:
+            tell(_DEMO_NOTICE)
+        return await asyncio.to_thread(open_reference, self.model or demo_model())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """What to say to the model, and how it is to answer."""
+
+    prompt: o.Prompt = None
+    system: o.System = None
+    max_tokens: o.MaxTokens = 256
+    temperature: o.Temperature = 0.8
+    top_k: o.TopK = 40
+    top_p: o.TopP = 0.95
+    min_p: o.MinP = 0.05
+    repeat_penalty: o.RepeatPenalty = 1.0
+    presence_penalty: o.PresencePenalty = 0.0
+    frequency_penalty: o.FrequencyPenalty = 0.0
+    logit_bias: o.LogitBias = None
+    seed: o.Seed = 0
+    stop: o.Stop = None
+    raw: o.Raw = False
+    ignore_eos: o.IgnoreEos = False
+    deadline: o.Deadline = 600.0
+    stats: o.Stats = False
+    as_json: o.Json = False
+
+    def options(self) -> GenerateOptions:
+        return GenerateOptions(
+            max_tokens=self.max_tokens,
+            sampler=SamplerSettings(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                repeat_penalty=self.repeat_penalty,
+                presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty,
+                logit_bias=o.parse_biases(self.logit_bias),
+                seed=self.seed,
+            ),
+            stop=tuple(self.stop or ()),
+            raw=self.raw,
+            ignore_eos=self.ignore_eos,
+            deadline_s=self.deadline,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reaching:
+    """This device, and how others are found."""
+
+    peer: o.Peers = None
+    wait: o.Wait = DISCOVERY_WAIT_S
+    discovery: o.Discovery = True
+    name: o.Name = None
+    home: o.Home = None
+    listen: o.Listen = LOOPBACK
+    memory: o.Memory = None
+    cache_size: o.CacheSize = None
+    probe: o.Probe = True
+
+    def settings(self, threads: int = 0) -> NodeSettings:
+        """For this device's own node."""
+        return NodeSettings(
+            name=self.name or device_name(),
+            home=self.home or default_home(),
+            listen=self.listen,
+            memory_bytes=o.parse_size(self.memory),
+            threads=threads,
+            discovery=self.discovery,
+            cache_bytes=o.parse_size(self.cache_size),
+            # One folder for all nodes of a user: what was measured is the machine's.
+            probe=default_home() / FIGURES_FOLDER if self.probe else None,
+        )

@@ -1,0 +1,107 @@
+"""Whether a model file can be run here: its header, architecture, size, chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+from edgellm.answer import LoadOptions
+from edgellm.cli.checks import Check, Status
+from edgellm.cli.devices import size
+from edgellm.errors import EdgeError
+from edgellm.modelfile import ModelCard, read_card
+from edgellm.types import LayerSpan
+
+
+def check_model(path: str) -> tuple[list[Check], dict[str, Any] | None]:
+    """Findings, and what the card says where there is one. Blocking, but quick."""
+    try:
+        card = read_card(path)
+    except EdgeError as error:
+        fix = error.hint or "Download the file again, or name another one with --model."
+        return [Check("model", Status.FAIL, error.message, fix)], None
+    checks = [
+        Check(
+            "model", Status.OK,
+            f"{card.name}: {card.architecture}, {card.n_layers} layers, {card.quantisation},"
+            f" {size(card.file_bytes)}",
+        ),
+        _cuts(card),
+        _fits(card),
+        _template(card),
+    ]  # fmt: skip
+    return checks, card_data(card)
+
+
+def card_data(card: ModelCard) -> dict[str, Any]:
+    """A card as plain data; sizes in bytes."""
+    return {
+        "name": card.name,
+        "architecture": card.architecture,
+        "digest": card.digest,
+        "quantisation": card.quantisation,
+        "file_bytes": card.file_bytes,
+        "layers": [asdict(layer) for layer in card.layers],
+        "boundaries": list(card.boundaries),
+        "embedding_bytes": card.embedding_bytes,
+        "head_bytes": card.head_bytes,
+        "n_embd": card.n_embd,
+        "n_vocab": card.n_vocab,
+        "n_ff": card.n_ff,
+        "n_head": card.n_head,
+        "n_expert": card.n_expert,
+        "n_expert_used": card.n_expert_used,
+        "context_train": card.context_train,
+        "kv_bytes_per_token": card.kv_bytes_per_token("f16"),
+        "chat_template": card.chat_template,
+    }
+
+
+def card_rows(card: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    """The same for people, in few lines."""
+    layers = card["layers"]
+    largest = max(layer["weight_bytes"] for layer in layers)
+    experts = f"{card['n_expert']}, {card['n_expert_used']} used" if card["n_expert"] else "none"
+    return (
+        ("architecture", card["architecture"]),
+        ("weights", f"{card['quantisation']}, {size(card['file_bytes'])}"),
+        ("layers", f"{len(layers)}, the largest {size(largest)}"),
+        ("embedding", size(card["embedding_bytes"])),
+        ("head", size(card["head_bytes"])),
+        ("width", f"{card['n_embd']}, feed-forward {card['n_ff']}, {card['n_head']} heads"),
+        ("experts", experts),
+        ("vocabulary", str(card["n_vocab"])),
+        ("context", f"{card['context_train']} tokens, {card['kv_bytes_per_token']} bytes each"),
+        ("cuts", f"{len(card['boundaries'])} places"),
+    )
+
+
+def _cuts(card: ModelCard) -> Check:
+    if not card.boundaries:
+        return Check(
+            "cuts", Status.WARN, f"{card.architecture} cannot be cut: it runs whole, on one device"
+        )
+    return Check("cuts", Status.OK, f"between layers, at {len(card.boundaries)} places")
+
+
+def _fits(card: ModelCard) -> Check:
+    settings = LoadOptions().settings(card.context_train)
+    needs = card.stage_memory(LayerSpan(0, card.n_layers), settings).total
+    free = psutil.virtual_memory().available
+    detail = f"needs {size(needs)} with {settings.context} tokens of context; {size(free)} free"
+    if needs <= free:
+        return Check("fits", Status.OK, detail)
+    fix = "Add devices (edgellm join), or take a smaller quantisation or --ctx."
+    return Check("fits", Status.WARN, f"{detail}: not on this device alone", fix)
+
+
+def _template(card: ModelCard) -> Check:
+    if card.chat_template is None:
+        return Check(
+            "chat template", Status.WARN, "none: what is said is continued as it is",
+            "For chats take a model whose name says chat, instruct or it.",
+        )  # fmt: skip
+    return Check("chat template", Status.OK, f"{len(card.chat_template)} characters")

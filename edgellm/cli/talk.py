@@ -1,0 +1,89 @@
+"""What ``chat`` and ``demo`` have in common: load a model over a plan, then answer once or chat."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from edgellm.cli.answers import stream, summary, who_did_what
+from edgellm.cli.asked import Answering
+from edgellm.cli.conversation import Conversation
+from edgellm.cli.interactive import converse
+from edgellm.cli.lines import nothing_to_read
+from edgellm.cli.output import emit, say, tell, tell_with
+from edgellm.cli.progress import shown_progress
+from edgellm.client import Cluster, LoadedModel
+from edgellm.errors import UsageError
+from edgellm.modelref import OpenedModel
+from edgellm.types import Plan
+
+
+def check(answering: Answering) -> None:
+    """Raises UsageError where there can be nothing to answer, before anything is started."""
+    answering.options()
+    if answering.prompt is None and (answering.as_json or nothing_to_read()):
+        needs = "--json needs one" if answering.as_json else "Give one"
+        raise UsageError("there is no prompt.", hint=f"{needs}: --prompt.")
+
+
+async def talk(
+    cluster: Cluster, opened: OpenedModel, plan: Plan, answering: Answering, home: Path | None
+) -> None:
+    """Load, and answer the prompt or chat.
+
+    ``home`` holds the history of what was typed, if that is to be kept.
+    """
+    tell(_plan_text(opened, plan))
+    async with contextlib.AsyncExitStack() as stack:
+        with shown_progress() as progress:
+            loading = cluster.load(opened, plan=plan, progress=progress)
+            model = await stack.enter_async_context(loading)
+        tell(f"Loaded in {model.load_s:.1f} s.")
+        await _told_of_template(model, answering)
+        if answering.prompt is not None:
+            await _once(model, answering, answering.prompt)
+        else:
+            await converse(
+                model,
+                answering.options(),
+                home=home,
+                system=answering.system,
+                stats=answering.stats,
+            )
+
+
+async def _told_of_template(model: LoadedModel, answering: Answering) -> None:
+    """Say what the model's chat template, or its lack of one, does to what was asked."""
+    if answering.raw:
+        return
+    if model.opened.chat_template is None:
+        what = "your prompt is" if answering.prompt is not None else "what you say is"
+        tell(f"This model has no chat template: {what} continued as it is.")
+    elif answering.system:
+        asked = Conversation(templated=True, system=answering.system).prompt("?")
+        if await model.prompt_tokens(asked) == await model.prompt_tokens("?"):
+            tell("This model's chat template leaves system messages out: --system does nothing.")
+
+
+async def _once(model: LoadedModel, answering: Answering, question: str) -> None:
+    templated = model.opened.chat_template is not None and not answering.raw
+    prompt = Conversation(templated=templated, system=answering.system).prompt(question)
+    answer = model.answer(prompt, answering.options())
+    await stream(answer, [], silent=answering.as_json)
+    completion = answer.completion()
+    if answering.as_json:
+        emit(completion.to_dict())
+        return
+    say("\n")
+    tell(summary(completion))
+    if answering.stats:
+        tell_with(who_did_what(completion))
+
+
+def _plan_text(opened: OpenedModel, plan: Plan) -> str:
+    parts = [
+        f"{stage.device}: layers {stage.span.first} to {stage.span.end - 1}"
+        f" ({stage.memory_bytes / 2**20:.0f} MiB)"
+        for stage in plan.stages
+    ]
+    return f"{opened.name}: {plan.layers} layers over {', '.join(parts)}. {plan.why}"

@@ -1,0 +1,179 @@
+"""A model that is loaded over its devices, and the answers it gives: half of the Python API.
+
+Nothing here knows how the devices were found or the plan was made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
+
+from edgellm.answer import Completion, GenerateOptions, Piece
+from edgellm.engine.text import VocabularyInfo
+from edgellm.engine.textstream import IncrementalDecoder, StopMatcher
+from edgellm.errors import DeadlineError, EdgeError, UsageError
+from edgellm.figures import Figures, Snapshot
+from edgellm.modelref import OpenedModel, Text
+from edgellm.runtime.pipeline import MadeToken, Pipeline, Request, Running
+from edgellm.types import FinishReason, Plan
+
+Messages: TypeAlias = Sequence[dict[str, Any]]
+"""Chat messages, each with ``role`` and ``content``."""
+Prompt: TypeAlias = str | Messages | Sequence[int]
+"""Text, chat messages, or token ids."""
+
+COORDINATOR_NAME = "coordinator"
+
+
+class LoadedModel:
+    """A model that is loaded over its devices. Made by ``Cluster.load``."""
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        pipeline: Pipeline,
+        text: Text,
+        vocabulary: VocabularyInfo,
+        load_s: float,
+    ) -> None:
+        self.opened = opened
+        self.pipeline = pipeline
+        self.load_s = load_s
+        self._text = text
+        self._vocabulary = vocabulary
+
+    @property
+    def plan(self) -> Plan:
+        return self.pipeline.plan
+
+    async def prompt_tokens(self, prompt: str | Messages, raw: bool = False) -> list[int]:
+        """Token ids of a text, or of chat messages by the model's template."""
+        template = self.opened.chat_template
+        if isinstance(prompt, str) and (raw or template is None):
+            return await self._text.tokenize(prompt, add_special=True, parse_special=False)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if template is None:
+            raise UsageError(
+                f"{self.opened.name} has no chat template.", hint="Give a text, with --raw."
+            )
+        rendered = await self._text.render_chat(template, list(messages))
+        bos = self._vocabulary.bos_text
+        begins = bool(bos) and rendered.startswith(bos)
+        return await self._text.tokenize(rendered, add_special=not begins, parse_special=True)
+
+    def answer(self, prompt: Prompt, options: GenerateOptions | None = None) -> Answer:
+        """An answer to be streamed, with its figures afterwards."""
+        return Answer(self, prompt, options or GenerateOptions())
+
+    async def stream(
+        self, prompt: Prompt, options: GenerateOptions | None = None
+    ) -> AsyncIterator[Piece]:
+        """Generate, piece by piece."""
+        async with contextlib.aclosing(self.answer(prompt, options).pieces()) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def complete(self, prompt: Prompt, options: GenerateOptions | None = None) -> Completion:
+        """Generate all of it."""
+        answer = self.answer(prompt, options)
+        async for _ in answer.pieces():
+            pass
+        return answer.completion()
+
+    async def pieces_of(self, tokens: Sequence[int]) -> list[bytes]:
+        """The bytes that tokens stand for."""
+        return await self._text.pieces(tokens)
+
+    async def request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+        """The prompt as tokens, with everything that the pipeline must know."""
+        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+            tokens = list(cast(Sequence[int], prompt))
+        else:
+            tokens = await self.prompt_tokens(cast(str | Messages, prompt), options.raw)
+        return Request(
+            prompt=tuple(tokens),
+            max_tokens=options.max_tokens,
+            sampler=options.sampler,
+            stop_tokens=frozenset() if options.ignore_eos else self._vocabulary.eog,
+            deadline_s=options.deadline_s,
+            logits=options.logits,
+        )
+
+
+class Answer:
+    """One answer under way: iterate ``pieces()`` once, then ask for the ``completion()``."""
+
+    def __init__(self, model: LoadedModel, prompt: Prompt, options: GenerateOptions) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._options = options
+        self._texts: list[str] = []
+        self._made: list[MadeToken] = []
+        self._finish = FinishReason.CANCELLED
+        self._figures: Figures | None = None
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The answer as it comes. Leaving early cancels it on all devices."""
+        pipeline, clock = self._model.pipeline, asyncio.get_running_loop().time
+        asked = clock()
+        try:
+            async with asyncio.timeout(self._options.deadline_s):
+                request = await self._model.request(self._prompt, self._options)
+                before = await Snapshot.take(pipeline)
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed before the request began.") from error
+        started = clock()
+        request = replace(request, spent_s=started - asked)
+        async with pipeline.run(request) as running:
+            async for piece in self._read(running):
+                self._texts.append(piece.text)
+                if piece.made is not None:
+                    self._made.append(piece.made)
+                yield piece
+        self._finish = running.finish or FinishReason.CANCELLED
+        self._figures = Figures(
+            plan=pipeline.plan,
+            coordinator=COORDINATOR_NAME,
+            prompt_tokens=len(request.prompt),
+            token_times=tuple(made.at - started for made in self._made),
+            before=before,
+            after=await _after(pipeline, before),
+        )
+
+    async def _read(self, running: Running) -> AsyncGenerator[Piece, None]:
+        decoder, matcher = IncrementalDecoder(), StopMatcher(self._options.stop)
+        async for made in running.tokens():
+            data = (await self._model.pieces_of([made.token]))[0]
+            yield Piece(matcher.feed(decoder.feed(data)), made)
+            if matcher.matched is not None:
+                running.stop(FinishReason.STOP)
+                break
+        rest = matcher.feed(decoder.finish()) + matcher.finish()
+        if rest:
+            yield Piece(rest, None)
+
+    def completion(self) -> Completion:
+        """Text and figures; after ``pieces`` has ended."""
+        if self._figures is None:
+            raise UsageError("the answer is not complete yet.")
+        return Completion(
+            text="".join(self._texts),
+            tokens=tuple(made.token for made in self._made),
+            logits=tuple(made.logits for made in self._made if made.logits is not None),
+            finish_reason=self._finish,
+            plan=self._model.plan,
+            figures=self._figures,
+            load_s=self._model.load_s,
+        )
+
+
+async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:
+    """The counters now. A device that is lost after the answer does not take the answer away:
+    its figures are then as if nothing had been counted."""
+    try:
+        return await Snapshot.take(pipeline)
+    except EdgeError:
+        return before

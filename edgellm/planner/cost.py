@@ -1,0 +1,290 @@
+"""What a plan will cost: time to first token, time per token, by stage and by link. Pure.
+
+For a prompt of P tokens in n chunks of c = P / n tokens and N tokens of completion, over stages
+s = 1 to k with the links l between them (docs/planner.md derives this):
+
+    chunk_s  = max(c * flops_s / prefill_rate, weights_s / bandwidth) + overhead_s
+    decode_s = (weights_s + head_s + KV scan_s) / bandwidth + overhead_s
+    link(b)  = round_trip_l / 2 + b / bandwidth_l
+
+    TTFT     = enter + sum of chunk_s + sum of link_l(c rows) + head / bandwidth of the last stage
+             + (n - 1) * max over all s and l of (chunk_s, c rows / bandwidth_l) + leave
+    TPOT     = enter + sum of decode_s + sum of link_l(one row) + leave
+    request  = TTFT + (N - 1) * TPOT
+
+The request is a sum over stages and links plus (n - 1) times a maximum over them: that is the
+form which ``partition`` minimises. ``head`` is read once a prompt, for its only row of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.planner.inputs import DeviceOffer, SpanTable
+from edgellm.planner.speeds import Links, Workload, settled_speeds
+from edgellm.types import Activations, DeviceId, LayerSpan
+
+Table = NDArray[np.float64]
+_OfPair = Callable[[int, int], float]
+
+HANDLING_S = 0.7e-3
+"""What a step costs a stage beside its engine: a node, a pipe, a stage process and their waking
+up. 2.0 ms for the two stages of a token measured, with what loopback and sampling took of it."""
+_ROW_SCALE_BYTES = 4
+_ACTIVATION_BYTES = {Activations.FLOAT32: 4, Activations.FLOAT16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One device's part: from cut number ``first`` to cut number ``end`` of a SpanTable."""
+
+    device: int
+    """Index into the offers."""
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """One stage of a plan: seconds."""
+
+    device: str
+    span: LayerSpan
+    memory_bytes: int
+    memory_offered: int
+    decode_s: float
+    """Of one token."""
+    chunk_s: float
+    """Of one chunk of the prompt."""
+    link_s: float
+    """Of one token's row from here to the next stage, or of the token back to the coordinator."""
+    measured: bool
+    """Whether the device's speed was; else it is assumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan will take for a workload: seconds."""
+
+    ttft_s: float
+    tpot_s: float
+    workload: Workload
+    stages: tuple[StagePrediction, ...]
+    bottleneck: str
+    """What every chunk of a prompt waits for: "the stage on b", "the link from a to b"."""
+
+    @property
+    def request_s(self) -> float:
+        """The whole of the workload's request."""
+        return self.ttft_s + self.workload.decoded * self.tpot_s
+
+    @property
+    def measured(self) -> bool:
+        return all(stage.measured for stage in self.stages)
+
+
+class CostModel:
+    """One model over some devices, for one workload.
+
+    Arrays are float64. ``[device, first, end]`` are cut numbers of ``spans``: infinite where the
+    span may not be a stage or does not fit the device. ``[from, to]`` are devices.
+    """
+
+    def __init__(
+        self,
+        spans: SpanTable,
+        offers: Sequence[DeviceOffer],
+        links: Links,
+        workload: Workload,
+        coordinator_id: DeviceId | None,
+    ) -> None:
+        self.spans = spans
+        self.offers = tuple(offers)
+        self.workload = workload
+        self.speeds = settled_speeds([offer.speed for offer in offers])
+        self._work = _Work(spans, workload)
+        per_row = _ACTIVATION_BYTES[spans.settings.activations] * spans.width + _ROW_SCALE_BYTES
+        self._row_bytes = per_row
+        ids = [offer.device_id for offer in offers]
+        self._between = [[links.between(sender, receiver) for receiver in ids] for sender in ids]
+        # A coordinator that is not known is as far from every device as an unknown link.
+        self._enter = [
+            (links.between(coordinator_id, one) if coordinator_id else links.default).one_way_s(0)
+            for one in ids
+        ]
+        self._leave = [
+            (links.between(one, coordinator_id) if coordinator_id else links.default).one_way_s(0)
+            for one in ids
+        ]
+
+    @property
+    def waves(self) -> int:
+        """How often a request waits for the slowest of its stages and links beside the sum."""
+        return self.workload.chunks - 1
+
+    # --- one stage or link --------------------------------------------------------------
+
+    def decode_s(self, share: Share) -> float:
+        """One token at a stage."""
+        return float(self._decode[share.device, share.first, share.end])
+
+    def chunk_s(self, share: Share) -> float:
+        """One chunk of the prompt at a stage, without the head."""
+        return float(self._chunk[share.device, share.first, share.end])
+
+    def head_s(self, share: Share) -> float:
+        """The row of logits for the end of a prompt; 0 but at the last stage."""
+        return float(self._head[share.device, share.end])
+
+    def hop_s(self, sender: int, receiver: int, tokens: float) -> float:
+        """Rows of ``tokens`` tokens from one device to another."""
+        return self._between[sender][receiver].one_way_s(tokens * self._row_bytes)
+
+    def stream_s(self, sender: int, receiver: int) -> float:
+        """How long a chunk keeps the link busy: the next one waits for as long."""
+        link = self._between[sender][receiver]
+        return self.workload.chunk_tokens * self._row_bytes / link.bytes_per_s
+
+    # --- a plan -------------------------------------------------------------------------
+
+    def fits(self, share: Share) -> bool:
+        """Whether the span may be a stage and the device has the memory for it."""
+        return bool(self.feasible[share.device, share.first, share.end])
+
+    def predict(self, shares: Sequence[Share]) -> Prediction:
+        """What the plan of these shares takes."""
+        work = self.workload
+        hops = list(pairwise(shares))
+        enter, leave = self._enter[shares[0].device], self._leave[shares[-1].device]
+        busy = {f"the stage on {self._name(share)}": self.chunk_s(share) for share in shares}
+        for one, other in hops:
+            busy[f"the link from {self._name(one)} to {self._name(other)}"] = self.stream_s(
+                one.device, other.device
+            )
+        bottleneck = max(busy, key=lambda what: busy[what])
+        ttft = enter + leave + self.waves * busy[bottleneck] + self.head_s(shares[-1])
+        ttft += sum(map(self.chunk_s, shares))
+        ttft += sum(self.hop_s(a.device, b.device, work.chunk_tokens) for a, b in hops)
+        row_hops = [self.hop_s(a.device, b.device, 1) for a, b in hops]
+        tpot = enter + leave + sum(map(self.decode_s, shares)) + sum(row_hops)
+        stages = tuple(
+            StagePrediction(
+                device=self._name(share),
+                span=self.spans.span(share.first, share.end),
+                memory_bytes=self.spans.memory(share.first, share.end),
+                memory_offered=self.offers[share.device].memory_bytes,
+                decode_s=self.decode_s(share),
+                chunk_s=self.chunk_s(share),
+                link_s=link_s,
+                measured=self.offers[share.device].speed is not None,
+            )
+            for share, link_s in zip(shares, [*row_hops, leave], strict=True)
+        )
+        return Prediction(ttft, tpot, work, stages, bottleneck)
+
+    def _name(self, share: Share) -> str:
+        return self.offers[share.device].name
+
+    # --- all of them, for a search ------------------------------------------------------
+
+    @cached_property
+    def needs(self) -> Table:
+        """[first, end]: predicted peak bytes; infinite where the span may not be a stage."""
+        points = range(self.spans.pieces + 1)
+        needs = np.full((len(points), len(points)), np.inf)
+        for first in points:
+            for end in points[first + 1 :]:
+                if self.spans.problem(first, end) is None:
+                    needs[first, end] = self.spans.memory(first, end)
+        return needs
+
+    @cached_property
+    def feasible(self) -> NDArray[np.bool_]:
+        """[device, first, end]: whether the span may be a stage there and fits."""
+        offered = np.array([offer.memory_bytes for offer in self.offers], np.float64)
+        return np.isfinite(self.needs)[None] & (self.needs[None] <= offered[:, None, None])
+
+    @cached_property
+    def stage_sums(self) -> Table:
+        """[device, first, end]: what a stage adds to the request's sum."""
+        sums = self._chunk + self.workload.decoded * self._decode + self._head[:, None, :]
+        return np.where(self.feasible, sums, np.inf)
+
+    @cached_property
+    def stage_streams(self) -> Table:
+        """[device, first, end]: what a stage brings to the request's maximum."""
+        return np.where(self.feasible, self._chunk, np.inf)
+
+    @cached_property
+    def link_sums(self) -> Table:
+        """[from, to]: what a link adds to the request's sum."""
+        tokens, decoded = self.workload.chunk_tokens, self.workload.decoded
+        return self._pairs(lambda a, b: self.hop_s(a, b, tokens) + decoded * self.hop_s(a, b, 1))
+
+    @cached_property
+    def link_streams(self) -> Table:
+        """[from, to]: what a link brings to the request's maximum."""
+        return self._pairs(self.stream_s)
+
+    @cached_property
+    def ends_sums(self) -> tuple[Table, Table]:
+        """[device]: what the way from the coordinator to a first stage adds, and that back."""
+        passes = 1 + self.workload.decoded
+        return passes * np.array(self._enter), passes * np.array(self._leave)
+
+    def _pairs(self, what: _OfPair) -> Table:
+        devices = range(len(self.offers))
+        return np.array([[what(a, b) for b in devices] for a in devices], np.float64)
+
+    @cached_property
+    def _decode(self) -> Table:
+        rates = [speed.decode_bytes_per_s for speed in self.speeds]
+        work = self._work
+        return self._over(work.weights + work.scan_decode, rates) + self._head[:, None, :]
+
+    @cached_property
+    def _chunk(self) -> Table:
+        tokens = self.workload.chunk_tokens
+        computed = [speed.prefill_flops_per_s / tokens for speed in self.speeds]
+        read = [speed.decode_bytes_per_s for speed in self.speeds]
+        # A chunk of few tokens takes as long as reading the weights does.
+        work = self._work
+        return np.maximum(self._over(work.flops, computed), self._over(work.weights, read))
+
+    @cached_property
+    def _head(self) -> Table:
+        """[device, end]."""
+        head = np.zeros((len(self.speeds), self.spans.pieces + 1))
+        head[:, -1] = [self._work.head / speed.decode_bytes_per_s for speed in self.speeds]
+        return head
+
+    def _over(self, amounts: Table, rates: Sequence[float]) -> Table:
+        """[device, first, end]: the work between two cuts at each device's rate, with what each
+        step costs beside it. ``amounts`` are running sums over the cuts."""
+        between = amounts[None, :] - amounts[:, None]
+        fixed = np.array([speed.step_overhead_s + HANDLING_S for speed in self.speeds])
+        seconds: Table = between[None] / np.array(rates)[:, None, None] + fixed[:, None, None]
+        return seconds
+
+
+class _Work:
+    """The work before each cut: running sums, so that a span is a difference."""
+
+    def __init__(self, spans: SpanTable, workload: Workload) -> None:
+        pieces = range(spans.pieces)
+        decode = [spans.work(piece, workload.cached_in_decode) for piece in pieces]
+        prefill = [spans.work(piece, workload.cached_in_prefill) for piece in pieces]
+        self.weights = _running([work.decode_bytes for work in decode])
+        self.scan_decode = _running([work.scan_bytes for work in decode])
+        self.flops = _running([work.prefill_flops + work.scan_flops for work in prefill])
+        self.head = decode[-1].head_bytes
+
+
+def _running(amounts: Sequence[int]) -> Table:
+    return np.concatenate(([0.0], np.cumsum(np.array(amounts, np.float64))))

@@ -1,0 +1,149 @@
+"""The figures of a device, and how they follow from what was timed. Pure: no clock, no files.
+
+Figures come from other devices too: ``from_plain`` takes what is believable and leaves the rest
+out, because a plan with an unknown is better than a plan by a lie.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "decode_bytes_per_s": (1e5, 1e15),
+    "prefill_flops_per_s": (1e6, 1e18),
+    "step_overhead_s": (1e-8, 10.0),
+    "disk_bytes_per_s": (1e3, 1e13),
+    "measured_at": (0.0, 1e11),
+    "spread": (0.0, 1e3),
+    "threads": (0.0, 4096.0),
+}
+"""What is believable, from a toy to a rack of today's largest, and some decades more."""
+
+_MOST_LATENCY = 0.9
+"""Never more than this part of a measured time is called overhead."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFigures:
+    """What one stage process of this device does, with so many threads. None: not known."""
+
+    decode_bytes_per_s: float | None = None
+    """Weight bytes read per second while decoding one token a step."""
+    prefill_flops_per_s: float | None = None
+    """2 x weights x tokens per second, in chunks of ``measure.CHUNK`` tokens."""
+    step_overhead_s: float | None = None
+    """What one decode call costs however small the weights are."""
+    disk_bytes_per_s: float | None = None
+    """Reading in sequence from the disk of the cache folder, past the system's cache."""
+    measured_at: float = 0.0
+    """Seconds since the epoch, by the device's own clock; 0: not known."""
+    spread: float = 0.0
+    """How far apart repeated decode steps were, see ``relative_spread``: large on a machine that
+    was busy with something else."""
+    threads: int = 0
+    """With how many threads it was measured; 0: not known."""
+
+    def to_plain(self) -> dict[str, int | float]:
+        """A flat dictionary of numbers, as ``DeviceInfo.figures`` and the cache carry it; what is
+        not known is left out."""
+        plain = {name: getattr(self, name) for name in _BOUNDS}
+        return {name: value for name, value in plain.items() if value}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, object]) -> DeviceFigures:
+        """From whatever a peer or a file says: what is absent, not a finite number or out of all
+        bounds counts as not known; other keys are passed over. Never raises."""
+        known = {name: _believable(name, plain.get(name)) for name in _BOUNDS}
+        return cls(
+            decode_bytes_per_s=known["decode_bytes_per_s"],
+            prefill_flops_per_s=known["prefill_flops_per_s"],
+            step_overhead_s=known["step_overhead_s"],
+            disk_bytes_per_s=known["disk_bytes_per_s"],
+            measured_at=known["measured_at"] or 0.0,
+            spread=known["spread"] or 0.0,
+            threads=int(known["threads"] or 0),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether a plan can be made by it."""
+        return None not in (
+            self.decode_bytes_per_s,
+            self.prefill_flops_per_s,
+            self.step_overhead_s,
+        )
+
+
+def _believable(name: str, value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float64
+        return None
+    low, high = _BOUNDS[name]
+    return number if math.isfinite(number) and low <= number <= high else None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of single decode calls, as measured, and what they worked on."""
+
+    weight_bytes: int
+    """Read by one step through the block."""
+    weights: int
+    """Elements of its matrices."""
+    chunk: int
+    """Tokens in a prefill call."""
+    steps: tuple[float, ...]
+    """One token through the block."""
+    chunks: tuple[float, ...]
+    """``chunk`` tokens through the block."""
+    bare_steps: tuple[float, ...]
+    """One token through a block so narrow that its weights cost nothing."""
+
+
+def figures_of(
+    timings: Timings, *, disk_bytes_per_s: float | None, threads: int, now: float
+) -> DeviceFigures:
+    """The figures that follow from ``timings``, less the overhead of a call."""
+    overhead = undisturbed(timings.bare_steps)
+    step_s = _without(overhead, undisturbed(timings.steps))
+    chunk_s = _without(overhead, undisturbed(timings.chunks))
+    return DeviceFigures(
+        decode_bytes_per_s=_rounded(timings.weight_bytes / step_s),
+        prefill_flops_per_s=_rounded(2.0 * timings.weights * timings.chunk / chunk_s),
+        step_overhead_s=_rounded(overhead),
+        disk_bytes_per_s=None if disk_bytes_per_s is None else _rounded(disk_bytes_per_s),
+        measured_at=now,
+        spread=_rounded(relative_spread(timings.steps)),
+        threads=threads,
+    )
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """The first quartile. On an idle machine it is the median, within some 2 %; where other
+    programs slow down the half of all calls, the median would say more of them than of us."""
+    if len(seconds) < 2:
+        return seconds[0]
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
+
+
+def _without(overhead: float, seconds: float) -> float:
+    return max(seconds - overhead, seconds * (1.0 - _MOST_LATENCY))
+
+
+def relative_spread(seconds: Sequence[float]) -> float:
+    """(third quartile - first) / median; 0 for fewer than four values."""
+    if len(seconds) < 4:
+        return 0.0
+    first, middle, third = statistics.quantiles(seconds, n=4)
+    return (third - first) / middle
+
+
+def _rounded(value: float) -> float:
+    """To four significant digits: more would only pretend."""
+    return float(f"{value:.4g}")
