@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from typing import Any
 
 from edgellm import planner
 from edgellm.answer import DEFAULT_CHUNK, Completion, GenerateOptions, LoadOptions, Piece
-from edgellm.errors import EdgeError, NoPlanError, PeerLostError, UsageError
+from edgellm.discovery.addresses import parse_address
+from edgellm.errors import EdgeError, NoPlanError, PeerLostError
 from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
 from edgellm.modelref import OpenedModel, open_reference
 from edgellm.node import MEASURING, SOFTWARE, Node
@@ -157,8 +159,13 @@ class Cluster:
         own = node or (Node(local, transport=transport) if local else None)
         device_id = own.device_id if own else "0" * 64
         coordinator = Coordinator(transport, Introduction(name, device_id, SOFTWARE))
-        cache = (local.home if local else default_home()) / "cache"
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            if local is not None:
+                cache = local.home / "cache"
+            else:  # nothing of ours outlives us
+                made = tempfile.TemporaryDirectory(prefix="edgellm-")
+                cache = Path(stack.enter_context(made))
+            stack.push_async_callback(_end, coordinator, own)
             if own is not None:
                 try:
                     await own.start()
@@ -166,6 +173,7 @@ class Cluster:
                     # This device's node is running already, from another command: it is the one.
                     if not busy.address:
                         raise
+                    await own.close()
                     own = None
                     await coordinator.connect(*parse_address(busy.address), how=THIS_DEVICE)
                 else:
@@ -173,10 +181,6 @@ class Cluster:
             for host, port in addresses:
                 await coordinator.connect(host, port, how="told")
             yield cls(coordinator, own, cache)
-        finally:
-            await coordinator.close()
-            if own is not None:
-                await own.close()
 
     async def find(self, wait_s: float) -> None:
         """Connect to the devices that this one's node finds within ``wait_s`` seconds.
@@ -189,28 +193,34 @@ class Cluster:
         news = loop.time()
         tried: set[str] = set()
         while loop.time() < until and (not tried or loop.time() < news + QUIET_S):
-            fresh = [found for found in await self._found() if found.device_id not in tried]
-            tried |= {found.device_id for found in fresh}
+            found = await self._found()
+            fresh = {each: found[each] for each in found if each not in tried}
+            tried |= set(fresh)
             if fresh:
-                await asyncio.gather(*map(self._join, fresh))
+                await asyncio.gather(*[self._join(*each) for each in fresh.items()])
                 news = loop.time()
             await asyncio.sleep(min(LOOK_EVERY_S, max(0.0, until - loop.time())))
 
-    async def _found(self) -> Sequence[PeerAddress]:
-        """The devices that this one's node reaches, whether it is ours or another process's."""
+    async def _found(self) -> dict[str, list[tuple[str, int]]]:
+        """The addresses of the devices that this one's node reaches, whether it is ours or another
+        process's, by device id; without those that are connected."""
         here = next((peer for peer in self.devices() if peer.how == THIS_DEVICE), None)
         if self._own is not None:
-            found: Sequence[PeerAddress] = self._own.neighbours.known()
+            told: Sequence[PeerAddress] = self._own.neighbours.known()
         elif here is not None:
-            found = await self._coordinator.questions.peers(here.session)
+            told = await self._coordinator.questions.peers(here.session)
         else:
-            return ()
-        known = {peer.info.device_id for peer in self.devices()}
-        return [peer for peer in found if peer.device_id not in known]
+            told = ()
+        connected = {peer.info.device_id for peer in self.devices()}
+        found: dict[str, list[tuple[str, int]]] = {}
+        for peer in told:
+            if peer.device_id not in connected:
+                found.setdefault(peer.device_id, []).append((peer.host, peer.port))
+        return found
 
-    async def _join(self, found: PeerAddress) -> None:
+    async def _join(self, device_id: str, addresses: Sequence[tuple[str, int]]) -> None:
         with contextlib.suppress(EdgeError):  # it was there a moment ago; it may be gone
-            await self._coordinator.connect(found.host, found.port, how="found")
+            await self._coordinator.connect_to(device_id, addresses, how="found")
 
     def devices(self) -> list[Peer]:
         """Connected devices, in the order they were connected."""
@@ -369,17 +379,13 @@ def _names(pair: tuple[Peer, Peer]) -> tuple[str, str]:
     return pair[0].info.name, pair[1].info.name
 
 
+async def _end(coordinator: Coordinator, own: Node | None) -> None:
+    await coordinator.close()
+    if own is not None:
+        await own.close()
+
+
 def device_name() -> str:
     """What this device is called unless somebody says otherwise: its host name, made typeable."""
     name = re.sub(r"[\s:,]", "-", socket.gethostname().partition(".")[0])[:64]
     return name if is_name(name) else "device"
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` or ``[IPV6]:PORT``. Raises UsageError."""
-    host, separator, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UsageError(f"{text!r} is not an address.", hint="Write it like 192.168.1.7:7171.")
-    return host, int(port)

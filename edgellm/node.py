@@ -25,6 +25,7 @@ from edgellm.discovery.addresses import (
     split_scope,
 )
 from edgellm.discovery.base import Announcement, Discovery
+from edgellm.discovery.directory import State
 from edgellm.discovery.interfaces import machine_interfaces
 from edgellm.discovery.known import KnownDevices
 from edgellm.discovery.mdns import MdnsDiscovery
@@ -35,6 +36,7 @@ from edgellm.probe import device_figures
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.neighbours import Event, Neighbours
+from edgellm.runtime.reach import reach
 from edgellm.runtime.services import Services
 from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.worker import Worker
@@ -44,7 +46,7 @@ from edgellm.store.home import HomeLock
 from edgellm.transport.base import Listener, Stream, Transport
 from edgellm.transport.memory import MemoryNetwork
 from edgellm.transport.tcp import TcpTransport
-from edgellm.wire.messages import DeviceInfo
+from edgellm.wire.messages import DeviceInfo, PeerAddress
 
 __all__ = ["SOFTWARE", "Node", "format_address", "load_device_id", "process_stage"]
 
@@ -157,11 +159,11 @@ class Node:
             start_host=self._start_host,
             cache=cache,
             exchange=exchange,
-            dial=self._dial,
+            dial=self._dial_device,
             threads=settings.threads,
             pin=settings.pin,
         )
-        services = Services(exchange, self._dial, self._neighbours)
+        services = Services(exchange, self._dial_device, self._neighbours)
         return Worker(parts, self.describe, self._allow_payloads, services)
 
     def _ways(self, port: int) -> Sequence[Discovery]:
@@ -266,6 +268,13 @@ class Node:
         )
         self._register(session)
         return session
+
+    async def _dial_device(self, peer: PeerAddress) -> Session:
+        """A new connection to a device: where we reach it ourselves, or where we are told."""
+        known = [p for p in self.neighbours.peers() if p.device_id == peer.device_id]
+        addresses = [(p.host, p.port) for p in known if p.state is State.REACHED]
+        told = dict.fromkeys([*addresses, (peer.host, peer.port)])
+        return (await reach(self._dial, list(told), peer.device_id)).session
 
     def _register(self, session: Session) -> None:
         self._sessions.add(session)

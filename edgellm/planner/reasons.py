@@ -77,12 +77,12 @@ def _left_out(
         )
         return LeftOut(offer.name, reason, None)
     if not tried:
-        return LeftOut(offer.name, "would make no answer faster", None)
+        return LeftOut(offer.name, "would make answers no faster", None)
     forced = partition(cost, replace(wanted, required=wanted.required | {device}))
     if forced is None:
         return LeftOut(offer.name, "fits into no plan with the others", None)
     with_it = cost.predict(forced)
-    return LeftOut(offer.name, f"would help nothing: {_against(with_it, now)}", with_it)
+    return LeftOut(offer.name, f"would make answers no faster ({_against(with_it, now)})", with_it)
 
 
 def why_fastest(

@@ -22,6 +22,7 @@ from edgellm.errors import (
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.questions import Questions
+from edgellm.runtime.reach import reach
 from edgellm.runtime.services import Services
 from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.shares import Share, Shares
@@ -112,7 +113,7 @@ class Coordinator:
         self._heard = 0.0
         self.shares = Shares()
         """What devices may fetch from here."""
-        self._services = Services(TensorExchange(self.shares), self._dial)
+        self._services = Services(TensorExchange(self.shares), self._dial_device)
 
     @property
     def peers(self) -> Mapping[str, Peer]:
@@ -121,6 +122,9 @@ class Coordinator:
 
     async def _dial(self, host: str, port: int) -> Session:
         return await Session.dial(self._transport, host, port, self._me, self)
+
+    async def _dial_device(self, peer: PeerAddress) -> Session:
+        return (await reach(self._dial, [(peer.host, peer.port)], peer.device_id)).session
 
     async def connect(
         self, host: str, port: int, *, via: Transport | None = None, how: str = ""
@@ -132,6 +136,19 @@ class Coordinator:
         that another device has.
         """
         session = await Session.dial(via or self._transport, host, port, self._me, self)
+        return await self._adopt(session, host, port, how)
+
+    async def connect_to(
+        self, device_id: str, addresses: Sequence[tuple[str, int]], *, how: str = ""
+    ) -> Peer:
+        """Connect to a device that may be at any of ``addresses``, the likeliest first.
+
+        Raises PeerLostError where it is not.
+        """
+        answer = await reach(self._dial, addresses, device_id)
+        return await self._adopt(answer.session, *answer.address, how)
+
+    async def _adopt(self, session: Session, host: str, port: int, how: str) -> Peer:
         try:
             peer = self._admit(Peer(await self._ask(session), host, port, session, how))
         except BaseException:
@@ -290,6 +307,7 @@ class Coordinator:
             width=source.width,
             vocab=source.vocab,
             deadline_s=LOAD_WITHIN_S,
+            next_id=after.info.device_id if after else "",
             previous_id=peers[index - 1].info.device_id if index else "",
             files=tuple(files),
             sources=tuple(

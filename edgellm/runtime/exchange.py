@@ -28,7 +28,8 @@ from edgellm.wire.messages import (
 
 MAX_WAITING = 32
 """Questions of one peer that may wait here; who asks more without an answer breaks the protocol."""
-ANSWER_WITHIN_S = 20.0
+ANSWER_WITHIN_S = 60.0
+"""Over a slow link, a piece may wait behind five others."""
 _Answer = TypeVar("_Answer", TensorsHeld, PieceData)
 
 

@@ -17,7 +17,7 @@ from edgellm.errors import DeadlineError, EdgeError, FetchError, ModelFileError
 from edgellm.modelfile.manifest import PIECE_BYTES, ShardManifest
 from edgellm.runtime.exchange import ANSWER_WITHIN_S, TensorExchange
 from edgellm.runtime.session import Session
-from edgellm.scheduler.transfer import Ask, Piece, Progress, Transfer
+from edgellm.scheduler.transfer import SILENCE, Ask, Piece, Progress, Transfer
 from edgellm.wire.messages import FileWanted
 
 OnProgress = Callable[[Progress], None]
@@ -69,7 +69,7 @@ class _Fetch:
         self._assembly = assembly
         self._exchange = exchange
         self._tell = tell
-        self._transfer = Transfer(assembly.missing, timeout_s=ANSWER_WITHIN_S)
+        self._transfer = Transfer(assembly.missing, timeout_s=ANSWER_WITHIN_S / SILENCE)
         self._sessions: dict[str, Session] = {}
         self._joining = 0
         self._refusals: list[str] = []

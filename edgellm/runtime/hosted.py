@@ -41,6 +41,7 @@ from edgellm.wire.messages import (
     LoadProgress,
     LoadStage,
     OpenSequence,
+    PeerAddress,
     StageReady,
     StageStats,
     StartEngine,
@@ -70,7 +71,7 @@ class StageParts:
     device_id: str
     cache: ShardCache
     exchange: TensorExchange
-    dial: Callable[[str, int], Awaitable[Session]]
+    dial: Callable[[PeerAddress], Awaitable[Session]]
     """Connects to the next stage's node, and to those that hold tensors."""
     threads: int = 0
     """This device's own limit; 0: what the plan says."""
@@ -174,7 +175,7 @@ class HostedStage:
         return StageError(f"{problem}.", device=self._parts.device) if problem else None
 
     async def load(self) -> None:
-        """Cut, start, load, link; answers ``StageReady`` to the coordinator.
+        """Start, fetch, link, load; answers ``StageReady`` to the coordinator.
 
         Raises EdgeError; the caller closes this stage and reports.
         """
@@ -183,13 +184,16 @@ class HostedStage:
         started = time.perf_counter()
         try:
             async with asyncio.timeout(request.deadline_s):
+                # The process imports its libraries while the files are looked at, or fetched.
+                self._host = await self._parts.start_host(self.label)
+                self._host.receive_with(self._on_frame, self._on_end)
                 config = await self._config()
                 self._tell("load", 0, 0)
                 if request.next_port:
-                    self._next = await self._parts.dial(request.next_host, request.next_port)
+                    self._next = await self._parts.dial(
+                        PeerAddress(request.next_id, "", request.next_host, request.next_port)
+                    )
                     self._next.on_close(self._next_lost)
-                self._host = await self._parts.start_host(self.label)
-                self._host.receive_with(self._on_frame, self._on_end)
                 start = StartEngine(stage_config_to(config, request.epoch, request.index))
                 self._host.send(encode(start))
                 ready = await self._ready

@@ -45,7 +45,7 @@ class Services:
     def __init__(
         self,
         exchange: TensorExchange,
-        dial: Callable[[str, int], Awaitable[Session]],
+        dial: Callable[[PeerAddress], Awaitable[Session]],
         directory: Directory | None = None,
     ) -> None:
         self.exchange = exchange
@@ -94,7 +94,7 @@ class Services:
         known = self._measured.get(peer.device_id)
         if known is not None and now - known[0] < FRESH_S:
             return known[1]
-        session = await self._dial(peer.host, peer.port)
+        session = await self._dial(peer)
         try:
             found = await self.links.measure(session)
         finally:

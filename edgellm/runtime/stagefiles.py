@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgellm.errors import EdgeError, FetchError, ModelFileError, StageError
+from edgellm.errors import EdgeError, FetchError, ModelFileError
 from edgellm.modelfile.manifest import ShardManifest
 from edgellm.modelfile.model import Model
 from edgellm.runtime.exchange import TensorExchange
@@ -31,7 +31,7 @@ from edgellm.wire.messages import FileWanted, LoadStage, PeerAddress
 TELL_EVERY_S = 0.25
 OnPart = Callable[[str, int, int], None]
 """Told (part, bytes done, bytes in all) while a stage's files are made."""
-Dial = Callable[[str, int], Awaitable[Session]]
+Dial = Callable[[PeerAddress], Awaitable[Session]]
 T = TypeVar("T")
 
 
@@ -172,10 +172,8 @@ class StageFilesMaker:
 
         def connect(source: PeerAddress) -> Callable[[], Awaitable[Session]]:
             async def dial() -> Session:
-                session = await self._dial(source.host, source.port)
+                session = await self._dial(source)
                 dialed.append(session)
-                if session.peer.device_id != source.device_id:
-                    raise StageError(f"{session.address} is another device.")
                 return session
 
             return dial

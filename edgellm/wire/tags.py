@@ -251,6 +251,7 @@ _TABLE: Final = (
             _WIDTH,
             ("vocab", schema.integer(1, schema.MAX_TOKEN)),
             _DURATION,
+            ("next_id", schema.label(64)),
             ("previous_id", schema.label(64)),
             ("files", schema.sequence_of(schema.file_wanted, len(schema.FILE_ROLES))),
             ("sources", _PEERS),

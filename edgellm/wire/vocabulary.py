@@ -77,7 +77,7 @@ class DeviceInfo:
     software: str
     engines: tuple[str, ...]
     figures: dict[str, int | float] = field(default_factory=dict)
-    """What it measured of itself, as ``probe.DeviceFigures.to_plain``; empty while nothing is known."""
+    """What it measured of itself, see ``probe.DeviceFigures``; empty while nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,8 @@ class LoadStage:
     vocab: int
     deadline_s: float
     """Seconds from receipt; clocks differ between devices, durations do not."""
+    next_id: str = ""
+    """Device id of the next stage's node: it may be reached at another address from here."""
     previous_id: str = ""
     """Device id of the previous stage's node: only it may send hidden rows. First stage: empty."""
     files: tuple[FileWanted, ...] = ()

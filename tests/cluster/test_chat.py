@@ -160,13 +160,19 @@ def test_answers_into_a_file(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("when", ["prompt", "answer"])
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGTERM, "prompt"),
+        (signal.SIGHUP, "prompt"),
+        (signal.SIGINT, "prompt"),
+        (signal.SIGTERM, "answer"),
+        (signal.SIGHUP, "answer"),
+    ],
+)
 def test_a_chat_that_is_told_to_end_puts_the_terminal_back(
     number: signal.Signals, when: str, tmp_path: Path
 ) -> None:
-    if (number, when) == (signal.SIGINT, "answer"):
-        pytest.skip("that stops the answer, see above")
     with chatting(*SLOW, temp=tmp_path) as terminal:
         below = descendants(terminal.process.pid)
         assert below
@@ -202,6 +208,22 @@ def test_an_answer_cannot_command_the_terminal(tmp_path: Path) -> None:
         assert not set(answer.replace(PASTING_OFF, "")) & set(
             map(chr, (*range(9), 0x1B, 0x7F, 0x9B))
         )
+
+
+def test_more_of_ctrl_c_does_not_disturb_the_end(tmp_path: Path) -> None:
+    """An impatient person gets the same: code 130, and nothing left behind."""
+    with Terminal(*SLOW, "--prompt", "Once", temp=tmp_path) as terminal:
+        terminal.expect("Loaded in")
+        wait_for(lambda: terminal.read_some() > 100)
+        below = descendants(terminal.process.pid)
+        assert below
+        for _ in range(5):
+            terminal.send(CTRL_C)
+            terminal.wait(0.02)
+        assert terminal.ended() == 130
+        assert "Traceback" not in terminal.screen
+        assert "Exception" not in terminal.screen
+        wait_for(lambda: all_gone(below))
 
 
 def test_a_demo_chats_over_its_devices(demo_model: Path, tmp_path: Path) -> None:

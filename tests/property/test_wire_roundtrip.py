@@ -101,6 +101,7 @@ def loads(draw: st.DrawFn) -> m.LoadStage:
         width=draw(st.integers(1, 1 << 20)),
         vocab=draw(st.integers(1, (1 << 31) - 1)),
         deadline_s=draw(durations),
+        next_id=draw(labels),
         previous_id=draw(labels),
         files=draw(st.lists(wanted, max_size=2).map(tuple)),
         sources=draw(address_lists),

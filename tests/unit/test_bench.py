@@ -137,7 +137,7 @@ def _report(again_s: float, same_kernels: bool = True) -> RpcReport:
             ours_again=(Load(again_s, 2000),),
         ),
         token_bytes=TokenBytes(rpc=160_000.0, ours=4_000.0),
-        chunk=128,
+        best_chunk=128,
         plan=Plan(Epoch(1), 22, stages),
         same_kernels=same_kernels,
     )

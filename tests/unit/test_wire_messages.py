@@ -36,6 +36,7 @@ LOAD = m.LoadStage(
     width=64,
     vocab=512,
     deadline_s=30.0,
+    next_id="cd" * 32,
     previous_id="ab" * 32,
     files=(m.FileWanted("shard", "0f" * 32, 4096), m.FileWanted("embedding", "f0" * 32, 99)),
     sources=(m.PeerAddress("ab" * 32, "kitchen", "fe80::1%eth0", 7171),),
