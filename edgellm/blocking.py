@@ -22,12 +22,12 @@ from concurrent.futures import CancelledError
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
-from edgellm import client
+from edgellm import client, loaded
 from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
 from edgellm.client import Prompt
 from edgellm.errors import UsageError
 from edgellm.planner import Explained
-from edgellm.runtime.coordinator import Peer
+from edgellm.runtime.coordinator import Link, Peer
 from edgellm.settings import NodeSettings
 from edgellm.types import Plan
 
@@ -116,30 +116,19 @@ async def _close(items: AsyncIterator[Any]) -> None:
 
 
 class Chat:
-    """A conversation: each ``say`` remembers what was said before."""
+    """A conversation with memory. Made by ``Model.chat``."""
 
-    def __init__(self, model: Model, system: str | None, options: GenerateOptions) -> None:
-        self._model = model
-        self._options = options
-        self.messages: list[dict[str, Any]] = []
-        """What was said so far, each with ``role`` and ``content``."""
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
+    def __init__(self, loop: _Loop, chat: loaded.Chat) -> None:
+        self._loop = loop
+        self._chat = chat
 
-    def say(self, text: str) -> str:
+    def say(self, text: str) -> Completion:
         """Say something and wait for the whole answer."""
-        return "".join(self.stream(text))
+        return self._loop.wait(self._chat.say(text))
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Iterator[Piece]:
         """Say something and take the answer as it comes. Leaving early keeps what came."""
-        self.messages.append({"role": "user", "content": text})
-        said: list[str] = []
-        try:
-            for piece in self._model.stream(tuple(self.messages), self._options):
-                said.append(piece.text)
-                yield piece.text
-        finally:
-            self.messages.append({"role": "assistant", "content": "".join(said)})
+        return self._loop.iterate(self._chat.stream(text))
 
 
 class Model:
@@ -161,9 +150,9 @@ class Model:
         """The answer as it comes. Leaving early cancels it on all devices."""
         return self._loop.iterate(self._model.stream(prompt, options))
 
-    def chat(self, system: str | None = None, options: GenerateOptions | None = None) -> Chat:
-        """A conversation with memory; the model needs a chat template."""
-        return Chat(self, system, options or GenerateOptions())
+    def chat(self, options: GenerateOptions | None = None, *, system: str | None = None) -> Chat:
+        """A conversation. A model without a chat template continues the text of it all."""
+        return Chat(self._loop, self._model.chat(options, system=system))
 
 
 class Cluster:
@@ -177,15 +166,19 @@ class Cluster:
         """Connected devices, in the order they were connected."""
         return self._cluster.devices()
 
-    def plan(self, model: str, options: LoadOptions | None = None) -> Explained:
+    def links(self) -> list[Link]:
+        """The links between all connected devices, measured now or a while ago."""
+        return self._loop.wait(self._cluster.links())
+
+    def plan(self, model: str | None = None, options: LoadOptions | None = None) -> Explained:
         """The plan that ``load`` would follow, its reasons and predictions; loads nothing."""
         return self._loop.wait(self._cluster.plan(model, options))
 
     @contextlib.contextmanager
-    def load(self, model: str, options: LoadOptions | None = None) -> Iterator[Model]:
+    def load(self, model: str | None = None, options: LoadOptions | None = None) -> Iterator[Model]:
         """Plan, load, and free it again on leaving."""
-        with self._loop.entered(self._cluster.load(model, options)) as loaded:
-            yield Model(self._loop, loaded)
+        with self._loop.entered(self._cluster.load(model, options)) as model_loaded:
+            yield Model(self._loop, model_loaded)
 
 
 @contextlib.contextmanager

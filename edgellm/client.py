@@ -28,7 +28,7 @@ from edgellm.answer import DEFAULT_CHUNK, Completion, GenerateOptions, LoadOptio
 from edgellm.discovery.addresses import parse_address
 from edgellm.errors import EdgeError, NoPlanError, PeerLostError
 from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
-from edgellm.modelref import OpenedModel, open_reference
+from edgellm.modelref import OpenedModel, demo_model, open_reference
 from edgellm.node import MEASURING, SOFTWARE, Node
 from edgellm.planner import (
     DeviceOffer,
@@ -283,7 +283,9 @@ class Cluster:
             for info in infos
         ]
 
-    async def plan(self, model: str | OpenedModel, options: LoadOptions | None = None) -> Explained:
+    async def plan(
+        self, model: str | OpenedModel | None = None, options: LoadOptions | None = None
+    ) -> Explained:
         """The plan that ``load`` would follow, from what devices and links were measured to do.
 
         Waits a few seconds for devices that are still measuring themselves. Raises SplitError or
@@ -307,13 +309,16 @@ class Cluster:
         return explain(opened, self.offers(opened.engine), options, situation)
 
     @staticmethod
-    async def _opened(model: str | OpenedModel) -> OpenedModel:
-        return await asyncio.to_thread(open_reference, model) if isinstance(model, str) else model
+    async def _opened(model: str | OpenedModel | None) -> OpenedModel:
+        """The model that is meant; the bundled demo model where none is named."""
+        if isinstance(model, OpenedModel):
+            return model
+        return await asyncio.to_thread(lambda: open_reference(model or demo_model()))
 
     @contextlib.asynccontextmanager
     async def load(
         self,
-        model: str | OpenedModel,
+        model: str | OpenedModel | None = None,
         options: LoadOptions | None = None,
         *,
         plan: Plan | None = None,

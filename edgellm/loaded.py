@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 from edgellm.answer import Completion, GenerateOptions, Piece
+from edgellm.conversation import Conversation
 from edgellm.engine.text import VocabularyInfo
 from edgellm.engine.textstream import IncrementalDecoder, StopMatcher
 from edgellm.errors import DeadlineError, EdgeError, UsageError
@@ -82,6 +83,10 @@ class LoadedModel:
         async for _ in answer.pieces():
             pass
         return answer.completion()
+
+    def chat(self, options: GenerateOptions | None = None, *, system: str | None = None) -> Chat:
+        """A conversation. A model without a chat template continues the text of it all."""
+        return Chat(self, options or GenerateOptions(), system)
 
     async def pieces_of(self, tokens: Sequence[int]) -> list[bytes]:
         """The bytes that tokens stand for."""
@@ -177,3 +182,58 @@ async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:
         return await Snapshot.take(pipeline)
     except EdgeError:
         return before
+
+
+RESERVED_SHARE = 4
+"""A quarter of the context, at most, is kept free for the answer of a chat."""
+
+
+class Chat:
+    """A conversation with memory. Made by ``LoadedModel.chat``; one answer at a time."""
+
+    def __init__(self, model: LoadedModel, options: GenerateOptions, system: str | None) -> None:
+        templated = model.opened.chat_template is not None and not options.raw
+        self.conversation = Conversation(templated=templated, system=system)
+        self.left_out = 0
+        """Turns that were forgotten because the context is full."""
+        self._model = model
+        self._options = options
+
+    async def answer(self, text: str) -> Answer:
+        """The answer to ``text`` after all that was said, to be streamed. ``remember`` it then.
+
+        Forgets the oldest turns where there would be no room for an answer.
+        """
+        context = self._model.plan.settings.context
+        room = context - min(self._options.max_tokens, context // RESERVED_SHARE)
+        while True:
+            prompt = self.conversation.prompt(text)
+            raw = not self.conversation.templated
+            tokens = await self._model.prompt_tokens(prompt, raw)
+            if len(tokens) <= room or not self.conversation.drop_oldest():
+                return self._model.answer(tokens, self._options)
+            self.left_out += 1
+
+    def remember(self, asked: str, answered: str) -> None:
+        self.conversation.add(asked, answered)
+
+    async def stream(self, text: str) -> AsyncGenerator[Piece, None]:
+        """Say something and take the answer as it comes. Leaving early keeps what came."""
+        answer = await self.answer(text)
+        said: list[str] = []
+        try:
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    said.append(piece.text)
+                    yield piece
+        finally:
+            self.remember(text, "".join(said))
+
+    async def say(self, text: str) -> Completion:
+        """Say something and wait for the whole answer."""
+        answer = await self.answer(text)
+        async for _ in answer.pieces():
+            pass
+        completion = answer.completion()
+        self.remember(text, completion.text)
+        return completion

@@ -247,7 +247,7 @@ class _Run:
         if chunk == WHOLE_CHUNK:
             return chunk, []
         await self._open(rpc, chunk)
-        cases = [replace(case, name=f"  RPC -ub {chunk}") for case in prefills]
+        cases = [replace(case, name=f"RPC at -ub {chunk}") for case in prefills]
         pairs = self._bench.pairs
         return chunk, [await measure_case(case, pairs, rpc, model, self._tell) for case in cases]
 

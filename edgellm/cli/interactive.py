@@ -12,16 +12,14 @@ from pathlib import Path
 
 from edgellm.answer import Completion, GenerateOptions
 from edgellm.cli.answers import stream, summary, who_did_what
-from edgellm.cli.conversation import Conversation, Message
 from edgellm.cli.history import History
 from edgellm.cli.lines import DroppedError, Lines, open_lines
 from edgellm.cli.output import ctrl_c, say, tell, tell_with
-from edgellm.client import LoadedModel
+from edgellm.cli.typed import Message
 from edgellm.errors import DeadlineError, UsageError
+from edgellm.loaded import Chat, LoadedModel
 
 PROMPT, MORE = ">>> ", "... "
-RESERVED_SHARE = 4
-"""A quarter of the context, at most, is kept free for the answer."""
 
 HELP = """\
 /help    this
@@ -44,8 +42,7 @@ async def converse(
 
     Raises UsageError where the input has no line at all, CancelledError for Ctrl-C at the prompt.
     """
-    templated = model.opened.chat_template is not None and not options.raw
-    chat = Chat(model, options, Conversation(templated=templated, system=system), stats=stats)
+    chat = TypedChat(model.chat(options, system=system), stats=stats)
     lines = open_lines(lambda: History(home))
     try:
         if lines.typed:
@@ -57,7 +54,7 @@ async def converse(
         lines.close()
 
 
-async def _turns(chat: Chat, lines: Lines) -> None:
+async def _turns(chat: TypedChat, lines: Lines) -> None:
     """Messages until there are no more, each answered or obeyed."""
     message = Message()
     heard = False
@@ -93,22 +90,18 @@ async def _turns(chat: Chat, lines: Lines) -> None:
             return
 
 
-class Chat:
+class TypedChat:
     """The turns of one chat."""
 
     def __init__(
         self,
-        model: LoadedModel,
-        options: GenerateOptions,
-        conversation: Conversation,
+        chat: Chat,
         *,
         stats: bool,
     ) -> None:
-        self.conversation = conversation
         self.reading = False
         """Whether the next line is being waited for."""
-        self._model = model
-        self._options = options
+        self._chat = chat
         self._stats = stats
         self._last: Completion | None = None
         self._answering: asyncio.Task[None] | None = None
@@ -144,8 +137,8 @@ class Chat:
         return True
 
     async def _answer(self, text: str) -> None:
-        prompt = await self._fitting(text)
-        answer = self._model.answer(prompt, self._options)
+        answer = await self._chat.answer(text)
+        self._tell_of_dropping()
         pieces: list[str] = []
         task = self._answering = asyncio.create_task(stream(answer, pieces))
         try:
@@ -160,7 +153,7 @@ class Chat:
             self._answering = None
             if pieces:
                 say("\n")
-                self.conversation.add(text, "".join(pieces))
+                self._chat.remember(text, "".join(pieces))
         if task.cancelled():
             tell("[stopped]")
             return
@@ -169,30 +162,20 @@ class Chat:
         if self._stats:
             self._show_stats()
 
-    async def _fitting(self, text: str) -> list[int]:
-        """The conversation with ``text`` as token ids, without its oldest turns where it would
-        leave no room for an answer."""
-        context = self._model.plan.settings.context
-        room = context - min(self._options.max_tokens, context // RESERVED_SHARE)
-        while True:
-            prompt = self.conversation.prompt(text)
-            raw = not self.conversation.templated
-            tokens = await self._model.prompt_tokens(prompt, raw)
-            if len(tokens) <= room or not self.conversation.drop_oldest():
-                return tokens
-            if not self._told_of_dropping:
-                self._told_of_dropping = True
-                tell(
-                    f"The conversation has outgrown the context of {context} tokens:"
-                    " from now on its oldest turns are left out."
-                )
+    def _tell_of_dropping(self) -> None:
+        if self._chat.left_out and not self._told_of_dropping:
+            self._told_of_dropping = True
+            tell(
+                "The conversation has outgrown the context: from now on its oldest turns are"
+                " left out."
+            )
 
     def _help(self) -> bool:
         tell(HELP)
         return True
 
     def _clear(self) -> bool:
-        self.conversation.clear()
+        self._chat.conversation.clear()
         tell("Forgotten.")
         return True
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from edgellm.cli.answers import stream, summary, who_did_what
 from edgellm.cli.asked import Answering
-from edgellm.cli.conversation import Conversation
 from edgellm.cli.interactive import converse
 from edgellm.cli.lines import nothing_to_read
 from edgellm.cli.output import emit, say, tell, tell_with
 from edgellm.cli.progress import shown_progress
 from edgellm.client import Cluster, LoadedModel
+from edgellm.conversation import Conversation
 from edgellm.errors import UsageError
 from edgellm.modelref import OpenedModel
 from edgellm.types import Plan

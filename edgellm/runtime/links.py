@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import statistics
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class LinkMeter:
         _, future = self._waiting.get(message.nonce, (None, None))
         if future is not None and not future.done():
             # The time now, not when its task runs: that may be behind others' work.
-            future.set_result(asyncio.get_running_loop().time())
+            future.set_result(time.perf_counter())
 
     async def measure(self, session: Session) -> LinkFigures:
         """Measure the link to the session's peer: under half a second, on a bad link 3 s.
@@ -108,34 +109,37 @@ class LinkMeter:
             return await self._measure(session)
 
     async def _measure(self, session: Session) -> LinkFigures:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.perf_counter()  # a loop's own clock may tick in milliseconds
         trips: list[float] = []
         bursts: list[Burst] = []
         burst_began = began
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WITHIN_S):
                 small = secrets.token_bytes(SMALL_BYTES)
-                while len(trips) <= ROUND_TRIPS and loop.time() - began < ROUND_TRIPS_WITHIN_S:
+                while (
+                    len(trips) <= ROUND_TRIPS and time.perf_counter() - began < ROUND_TRIPS_WITHIN_S
+                ):
                     trips.append(await self._burst(session, small, SMALL_BYTES))
                 round_trip_s = usual_round_trip(trips)
                 large = secrets.token_bytes(PAYLOAD_BYTES)  # a VPN may compress what is regular
                 size: int | None = FIRST_BURST_BYTES
                 while size is not None:
-                    burst_began = loop.time()
+                    burst_began = time.perf_counter()
                     bursts.append(Burst(size, await self._burst(session, large, size)))
-                    left_s = WITHIN_S - (loop.time() - began)
+                    left_s = WITHIN_S - (time.perf_counter() - began)
                     size = next_burst(bursts[-1], round_trip_s, left_s)
         if not trips:
             raise DeadlineError(f"{session.address} sent no echo back within {WITHIN_S:g} s.")
         round_trip_s = usual_round_trip(trips)
         if not bursts:  # not even the first one arrived: it is slower than this
-            return LinkFigures(round_trip_s, FIRST_BURST_BYTES / (loop.time() - burst_began))
+            return LinkFigures(
+                round_trip_s, FIRST_BURST_BYTES / (time.perf_counter() - burst_began)
+            )
         return LinkFigures(round_trip_s, bandwidth(bursts[-1], round_trip_s))
 
     async def _burst(self, session: Session, payload: bytes, nbytes: int) -> float:
         """Send so many bytes in payloads as large as ``payload``; seconds until all came back."""
-        began = asyncio.get_running_loop().time()
+        began = time.perf_counter()
         nonces: list[int] = []
         last = began
         view = memoryview(payload)

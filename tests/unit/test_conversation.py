@@ -10,8 +10,9 @@ import pytest
 
 from edgellm.cli import history
 from edgellm.cli.answers import harmless
-from edgellm.cli.conversation import Conversation, Message
 from edgellm.cli.history import History
+from edgellm.cli.typed import Message
+from edgellm.conversation import Conversation
 
 # --- conversation ---------------------------------------------------------------------
 
