@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from edgellm.errors import UsageError
 from edgellm.figures import Figures
 from edgellm.runtime.pipeline import MadeToken
-from edgellm.types import Activations, EngineSettings, FinishReason, Mode, Plan, SamplerSettings
+from edgellm.types import (
+    Activations,
+    EngineSettings,
+    FinishReason,
+    Mode,
+    Plan,
+    SamplerSettings,
+    Weights,
+)
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 128
@@ -37,6 +45,7 @@ class LoadOptions:
     kv_type: str = "f16"
     threads: int = 0
     """Of each stage; 0: what each device says."""
+    weights: Weights = Weights.AUTO
 
     def settings(self, context_train: int) -> EngineSettings:
         mode = Mode.REFERENCE if self.exact else Mode.NORMAL
@@ -52,6 +61,7 @@ class LoadOptions:
             mode=mode,
             activations=self.activations or usual,
             threads=self.threads,
+            weights=self.weights,
         )
 
 
@@ -89,6 +99,8 @@ class Completion:
     plan: Plan
     figures: Figures
     load_s: float
+    loads: tuple[dict[str, float], ...] = ()
+    """What loading each stage took: ``PART_s`` seconds, and bytes by where they came from."""
     logits: tuple[NDArray[np.float32], ...] = ()
     """float32 [vocabulary] a token, where they were asked for."""
 
@@ -100,6 +112,10 @@ class Completion:
             "finish_reason": self.finish_reason.value,
             "mode": self.plan.settings.mode.value,
             "plan": plan_to_dict(self.plan),
+            "load": [
+                {"device": stage.device, **{name: round(value, 4) for name, value in load.items()}}
+                for stage, load in zip(self.plan.stages, self.loads, strict=False)
+            ],
             "timings": {"load_s": round(self.load_s, 4), **self.figures.timings()},
             "wire": self.figures.wire(),
         }
@@ -126,6 +142,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "activations": settings.activations.value,
             "flash_attention": settings.flash_attention,
             "swa_full": settings.swa_full,
+            "weights": settings.weights.value,
         },
         "why": plan.why,
     }

@@ -172,6 +172,7 @@ class Answer:
             plan=self._model.plan,
             figures=self._figures,
             load_s=self._model.load_s,
+            loads=self._model.pipeline.loads,
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.errors import DeviceError, UsageError
-from edgellm.settings import NodeSettings
+from edgellm.settings import NodeSettings, figures_folder
 
 START_WITHIN_S = 30.0
 STOP_WITHIN_S = 5.0
@@ -130,6 +130,7 @@ async def own_node(device: LocalDevice) -> AsyncIterator[NodeSettings]:
             memory_bytes=device.memory_bytes,
             threads=device.threads,
             pin=device.pin,
+            probe=figures_folder() if device.probe else None,
         )
 
 

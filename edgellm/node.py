@@ -32,7 +32,7 @@ from edgellm.discovery.mdns import MdnsDiscovery
 from edgellm.discovery.static import StaticDiscovery
 from edgellm.engine.host import HostFactory, ProcessStage, StageHost
 from edgellm.errors import DeviceError, PeerLostError, UsageError
-from edgellm.probe import device_figures
+from edgellm.probe import DeviceFigures, device_figures
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.neighbours import Event, Neighbours
@@ -162,6 +162,7 @@ class Node:
             dial=self._dial_device,
             threads=settings.threads,
             pin=settings.pin,
+            plain_weights=lambda: DeviceFigures.from_plain(self._figures).plain_weights,
         )
         services = Services(exchange, self._dial_device, self._neighbours)
         return Worker(parts, self.describe, self._allow_payloads, services)

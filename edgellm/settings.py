@@ -91,3 +91,8 @@ def default_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "edgellm"
     return Path(os.environ.get("XDG_DATA_HOME", str(Path.home() / ".local" / "share"))) / "edgellm"
+
+
+def figures_folder() -> Path:
+    """One for all nodes of a user: what was measured is the machine's, not the node's."""
+    return default_home() / "figures"

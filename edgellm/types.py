@@ -35,6 +35,18 @@ class Activations(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class Weights(enum.StrEnum):
+    """How a stage keeps its weights in memory."""
+
+    AUTO = "auto"
+    """As this device found to be faster; in reference mode as llama.cpp does it by itself."""
+    REPACKED = "repacked"
+    """Rearranged for kernels of their own where llama.cpp has some for this processor."""
+    PLAIN = "plain"
+    """As they are in the file: loads sooner; prompts are faster on some processors, answers a
+    little slower."""
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -88,6 +100,7 @@ class EngineSettings:
     """Of one stage; 0 leaves it to each device. An engine is always told a number."""
     pin: tuple[int, ...] = ()
     """Processors to pin the stage process to; empty leaves it to the system."""
+    weights: Weights = Weights.AUTO
 
     def __post_init__(self) -> None:
         if self.kv_type not in KV_TYPES:

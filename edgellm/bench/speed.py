@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -27,9 +27,10 @@ from edgellm.localcluster import (
 )
 from edgellm.modelfile import read_card
 from edgellm.modelref import OpenedModel
-from edgellm.types import Plan
+from edgellm.types import Plan, Weights
 
 LOAD_WITHIN_S = 300.0
+PROBED_WITHIN_S = 60.0
 WHOLE_CHUNK = 512
 """Tokens of a prompt that plain llama.cpp computes at once, as it does when left alone."""
 DECODE_PROMPT = 32
@@ -54,7 +55,8 @@ class Bench:
     pairs: int = 7
     chunk: int | None = None
     stages: str | None = None
-    """A forced split such as ``a:0-11,b:11-``; None: one by memory, with all devices."""
+    """A forced split such as ``a:0-11,b:11-``; None: the planner's, with all devices."""
+    weights: Weights = Weights.AUTO
 
     @property
     def options(self) -> LoadOptions:
@@ -65,6 +67,7 @@ class Bench:
             context=context_for(self.cases),
             chunk=self.chunk,
             threads=1,
+            weights=self.weights,
         )
 
 
@@ -125,13 +128,15 @@ async def measure(bench: Bench, tell: Tell) -> Report:
 
 
 def bench_devices(bench: Bench) -> list[LocalDevice]:
-    """Devices of one thread each that share this machine's memory and processors."""
-    return local_devices(
+    """Devices of one thread each that share this machine's memory and processors, and know how
+    they compute best, as devices do that have joined."""
+    devices = local_devices(
         bench.devices,
         memory_bytes=psutil.virtual_memory().available,
         processors=our_processors(),
         threads=1,
     )
+    return [replace(device, probe=True) for device in devices]
 
 
 @asynccontextmanager
@@ -143,6 +148,7 @@ async def our_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[Cluster]:
         local_cluster(devices[1:]) as nodes,
         Cluster.connect([node.address for node in nodes], local=local) as cluster,
     ):
+        await cluster.refreshed(PROBED_WITHIN_S)
         yield cluster
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from edgellm.answer import GenerateOptions, LoadOptions
 from edgellm.cli import options as o
-from edgellm.cli.join import FIGURES_FOLDER
 from edgellm.cli.output import tell
 from edgellm.client import DISCOVERY_WAIT_S, device_name
 from edgellm.errors import UsageError
 from edgellm.modelref import OpenedModel, demo_model, open_reference
-from edgellm.settings import LOOPBACK, NodeSettings, default_home
-from edgellm.types import Activations, SamplerSettings
+from edgellm.settings import LOOPBACK, NodeSettings, default_home, figures_folder
+from edgellm.types import Activations, SamplerSettings, Weights
 
 _DEMO_NOTICE = (
     "This is the small demo model: it knows a few hundred sentences. For a real one, get"
@@ -37,6 +36,7 @@ class Loading:
     chunk: o.Chunk = None
     exact: o.Exact = False
     activations: o.ActivationsOption = None
+    weights: o.WeightsOption = Weights.AUTO
 
     def options(self) -> LoadOptions:
         kinds = [kind.value for kind in Activations]
@@ -52,6 +52,7 @@ class Loading:
             chunk=self.chunk,
             kv_type=self.kv_type,
             threads=self.threads,
+            weights=self.weights,
         )
 
     async def open(self) -> OpenedModel:
@@ -129,6 +130,5 @@ class Reaching:
             threads=threads,
             discovery=self.discovery,
             cache_bytes=o.parse_size(self.cache_size),
-            # One folder for all nodes of a user: what was measured is the machine's.
-            probe=default_home() / FIGURES_FOLDER if self.probe else None,
+            probe=figures_folder() if self.probe else None,
         )

@@ -15,6 +15,7 @@ from edgellm.cli.benchtables import control_table, rpc_table, speed_table
 from edgellm.cli.output import emit, run, say, tell
 from edgellm.errors import UsageError
 from edgellm.modelref import OpenedModel, open_reference
+from edgellm.types import Weights
 
 Rpc = Annotated[
     bool,
@@ -44,6 +45,7 @@ def bench(
     pairs: o.Pairs = 7,
     chunk: o.Chunk = None,
     stages: o.Stages = None,
+    weights: o.WeightsOption = Weights.AUTO,
     only: o.Only = None,
     against_rpc: Rpc = False,
     rpc_build: RpcBuildFolder = None,
@@ -66,6 +68,7 @@ def bench(
             pairs=pairs,
             chunk=chunk,
             stages=stages,
+            weights=weights,
         )
         if only_control:
             controls = await control.measure_control(plan, tell)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from pathlib import Path
 
 from edgellm.cli import options as o
 from edgellm.cli.output import emit, run, tell
@@ -13,9 +12,7 @@ from edgellm.client import device_name
 from edgellm.discovery.addresses import format_address, parse_address
 from edgellm.node import Node
 from edgellm.runtime.neighbours import Event, Found, Lost, Unreachable
-from edgellm.settings import LOOPBACK, NodeSettings, default_home
-
-FIGURES_FOLDER = "figures"
+from edgellm.settings import LOOPBACK, NodeSettings, default_home, figures_folder
 
 
 def join(
@@ -47,7 +44,7 @@ def join(
             peers=tuple(map(parse_address, peer or ())),
             discovery=discovery,
             cache_bytes=o.parse_size(cache_size),
-            probe=_figures_folder() if probe else None,
+            probe=figures_folder() if probe else None,
         )
         news = _News()
         node = Node(settings, on_event=news.event, on_notice=news.say)
@@ -56,7 +53,7 @@ def join(
             address = format_address(*node.address)
             if as_json:
                 emit({"name": settings.name, "id": node.device_id, "address": address})
-            tell(_greeting(settings, address))
+            tell(_greeting(settings, address, ours=until_stdin_closes))
             news.begin()
             await _until_told(until_stdin_closes)
         finally:
@@ -65,21 +62,20 @@ def join(
     run(work, as_json)
 
 
-def _figures_folder() -> Path:
-    """One for all nodes of a user: what was measured is the machine's, not the node's."""
-    return default_home() / FIGURES_FOLDER
-
-
-def _greeting(settings: NodeSettings, address: str) -> str:
+def _greeting(settings: NodeSettings, address: str, *, ours: bool) -> str:
+    """``ours``: another command of ours started it, and nobody has to be told what to do next."""
     ready = f"Device {settings.name} is ready at {address}."
+    if ours:
+        return ready
     if not settings.exposed:
         return (
-            f"{ready} It listens on this machine only;"
-            " with --listen 0.0.0.0 other machines can use it too."
+            f"{ready} It listens on this machine only; with --listen 0.0.0.0 other machines can"
+            " use it too.\nNow chat from another terminal: edgellm chat"
         )
     return (
         f"{ready}\nWARNING: there is no pairing and no encryption yet: anyone on this network can"
         " use this device and read what goes over it. Do so only where you trust everybody."
+        "\nNow chat from any device here that has joined: edgellm chat"
     )
 
 

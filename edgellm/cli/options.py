@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from edgellm.errors import UsageError
+from edgellm.types import Weights
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[kmgt]?(i?b)?)", re.IGNORECASE)
 MAX_SIZE = 1 << 50
@@ -61,6 +62,9 @@ Stages = Annotated[
 ]
 ActivationsOption = Annotated[
     str | None, _option("--activations", "Between devices: float32 or float16.")
+]
+WeightsOption = Annotated[
+    Weights, _option("--weights", "How stages keep weights: auto, repacked (llama.cpp's), plain.")
 ]
 Threads = Annotated[int, _option("--threads", "Threads of each stage; 0: all a device has.", min=0)]
 Context = Annotated[

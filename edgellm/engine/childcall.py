@@ -7,7 +7,7 @@ typed errors; its death arrives as a StageError with the reason.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgellm.engine.child import Child
@@ -25,8 +25,19 @@ class ChildCaller:
         self._last_call = 0
 
     @classmethod
-    async def start(cls, module: str, *, name: str, arguments: Sequence[str] = ()) -> ChildCaller:
-        return cls(await Child.start(module, name=name, arguments=arguments))
+    async def start(
+        cls,
+        module: str,
+        *,
+        name: str,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> ChildCaller:
+        """See ``Child.start``."""
+        child = await Child.start(
+            module, name=name, arguments=arguments, environment=dict(environment or {})
+        )
+        return cls(child)
 
     @property
     def pid(self) -> int:

@@ -21,7 +21,7 @@ from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
 from edgellm.engine.bindings import KV_TYPE_IDS, ggml, llama, set_fields
 from edgellm.engine.embedding import EmbeddingTable
 from edgellm.errors import StageError
-from edgellm.types import Mode
+from edgellm.types import Mode, Weights
 
 MROPE_TYPES = frozenset((8, 24, 40))
 """Rope types that want four positions a token when the input is embeddings."""
@@ -131,6 +131,7 @@ class LlamaEngine:
             n_gpu_layers=0,
             # Without mmap: mapped pages would stay resident beside the repacked copies.
             load_mode=self._llama.LLAMA_LOAD_MODE_NONE,
+            use_extra_bufts=self._config.settings.weights is not Weights.PLAIN,
         )
         model = self._llama.llama_model_load_from_file(path.encode(), parameters)
         if not model:

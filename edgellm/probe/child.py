@@ -21,7 +21,7 @@ from edgellm.engine.childside import open_channel
 from edgellm.engine.llama import LlamaEngine
 from edgellm.errors import StageError
 from edgellm.probe.synthetic import BlockShape, write_block
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.types import EngineSettings, LayerSpan, Weights
 
 CONTEXT = 256
 _DISK_PIECE = 4 << 20
@@ -43,7 +43,10 @@ class Block:
                 width=self._width,
                 vocab=1,
                 settings=EngineSettings(
-                    context=CONTEXT, chunk=int(request["chunk"]), threads=int(request["threads"])
+                    context=CONTEXT,
+                    chunk=int(request["chunk"]),
+                    threads=int(request["threads"]),
+                    weights=Weights.PLAIN if request["plain"] else Weights.REPACKED,
                 ),
                 shard=str(path),
             )

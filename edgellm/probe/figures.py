@@ -6,6 +6,7 @@ out, because a plan with an unknown is better than a plan by a lie.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "measured_at": (0.0, 1e11),
     "spread": (0.0, 1e3),
     "threads": (0.0, 4096.0),
+    "plain_weights": (0.0, 1.0),
 }
 """What is believable, from a toy to a rack of today's largest, and some decades more."""
 
@@ -45,12 +47,14 @@ class DeviceFigures:
     was busy with something else."""
     threads: int = 0
     """With how many threads it was measured; 0: not known."""
+    plain_weights: bool = False
+    """Whether it computes faster with ``Weights.PLAIN``, and these figures are for that."""
 
     def to_plain(self) -> dict[str, int | float]:
         """A flat dictionary of numbers, as ``DeviceInfo.figures`` and the cache carry it; what is
         not known is left out."""
         plain = {name: getattr(self, name) for name in _BOUNDS}
-        return {name: value for name, value in plain.items() if value}
+        return {name: value + 0 for name, value in plain.items() if value}  # a flag becomes 1
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, object]) -> DeviceFigures:
@@ -65,6 +69,7 @@ class DeviceFigures:
             measured_at=known["measured_at"] or 0.0,
             spread=known["spread"] or 0.0,
             threads=int(known["threads"] or 0),
+            plain_weights=known["plain_weights"] == 1,
         )
 
     @property
@@ -104,6 +109,35 @@ class Timings:
     """``chunk`` tokens through the block."""
     bare_steps: tuple[float, ...]
     """One token through a block so narrow that its weights cost nothing."""
+
+
+_NO_SLOWER = 1.02
+"""Decoding may take this much longer with plain weights where prompts are faster: the time of a
+token is what people see, and what splitting a model is measured by."""
+_CLEARLY = 0.95
+
+
+def plain_is_better(repacked: Timings, plain: Timings) -> bool:
+    """Whether weights had better stay as they are in the file."""
+    chunks = undisturbed(plain.chunks) / undisturbed(repacked.chunks)
+    steps = undisturbed(plain.steps) / undisturbed(repacked.steps)
+    return chunks < _CLEARLY and steps < _NO_SLOWER
+
+
+def better_figures(
+    repacked: Timings,
+    plain: Timings,
+    *,
+    disk_bytes_per_s: float | None,
+    threads: int,
+    now: float,
+) -> DeviceFigures:
+    """The figures of the way to keep weights that is better here."""
+    chosen = plain_is_better(repacked, plain)
+    found = figures_of(
+        plain if chosen else repacked, disk_bytes_per_s=disk_bytes_per_s, threads=threads, now=now
+    )
+    return dataclasses.replace(found, plain_weights=chosen)
 
 
 def figures_of(

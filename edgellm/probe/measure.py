@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.engine.childcall import ChildCaller
+from edgellm.engine.host import stage_environment
 from edgellm.errors import DeadlineError, DeviceError
-from edgellm.probe.figures import DeviceFigures, Timings, figures_of
+from edgellm.probe.figures import DeviceFigures, Timings, better_figures
 from edgellm.probe.synthetic import BARE, BlockShape, shape_for
 
 CHILD_MODULE = "edgellm.probe.child"
 FOLDER_PREFIX = "probe-"
+REPACKED, PLAIN = "repacked", "plain"
 CHUNK = 64
 """Tokens in a prefill call."""
 
@@ -35,10 +37,10 @@ class Effort:
     rounds: int = 3
     steps: int = 16
     """Decode steps in a round, at most; three are always made."""
-    steps_within_s: float = 0.2
+    steps_within_s: float = 0.15
     chunks: int = 3
     """Prefill calls in a round, at most; one is always made."""
-    chunks_within_s: float = 0.25
+    chunks_within_s: float = 0.2
     disk_bytes: int = 8 << 20
     disk_within_s: float = 4.0
     within_s: float = 16.0
@@ -65,14 +67,17 @@ async def measure(
     ``effort.within_s``, DeviceError when the folder takes no files.
     """
     if shape is None:
-        # The file in the system's cache, llama.cpp's copy, and what the process itself needs.
-        shape = shape_for(memory_bytes // 4, last_level_cache_bytes())
+        # The file in the system's cache, two copies of it, and what the process itself needs.
+        shape = shape_for(memory_bytes // 5, last_level_cache_bytes())
     try:
         with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=folder) as files:
-            child = await ChildCaller.start(CHILD_MODULE, name="the probe")
+            environment = stage_environment()  # it is a stage process that is to be measured
+            child = await ChildCaller.start(CHILD_MODULE, name="the probe", environment=environment)
             try:
                 async with asyncio.timeout(effort.within_s):
-                    timings = await _timings(child, Path(files), shape, threads, pin, effort)
+                    repacked, plain = await _timings(
+                        child, Path(files), shape, threads, pin, effort
+                    )
                 disk = await _disk_rate(child, Path(files), effort)
             finally:
                 await child.stop()  # before its files go
@@ -83,7 +88,7 @@ async def measure(
             f"the probe has no place for its files in {folder}: {error.strerror or error}.",
             hint="Check the free space and the permissions of that folder.",
         ) from error
-    return figures_of(timings, disk_bytes_per_s=disk, threads=threads, now=time.time())
+    return better_figures(repacked, plain, disk_bytes_per_s=disk, threads=threads, now=time.time())
 
 
 async def _timings(
@@ -93,13 +98,20 @@ async def _timings(
     threads: int,
     pin: Sequence[int],
     effort: Effort,
-) -> Timings:
+) -> tuple[Timings, Timings]:
+    """Of the block as llama.cpp rearranges it, and as it is in the file."""
     limit = effort.within_s
     await child.call("pin", limit, processors=list(pin))
-    for name, made in (("bare", BARE), ("block", shape)):
-        path, values = str(files / name), [made.width, made.feed_forward, made.layers]
+    for name, made in (("bare", BARE), (REPACKED, shape), (PLAIN, shape)):
         await child.call(
-            "load", limit, block=name, path=path, shape=values, threads=threads, chunk=CHUNK
+            "load",
+            limit,
+            block=name,
+            path=str(files / name),
+            shape=[made.width, made.feed_forward, made.layers],
+            threads=threads,
+            chunk=CHUNK,
+            plain=name == PLAIN,
         )
 
     async def seconds(block: str, tokens: int, least: int, most: int, within_s: float) -> None:
@@ -116,22 +128,28 @@ async def _timings(
         taken[block, tokens].extend(answer["seconds"])
 
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    await child.call(
-        "run", limit, block="block", tokens=CHUNK, warm=1, least=0, count=0, within_s=0
-    )
+    for block in (REPACKED, PLAIN):
+        await child.call(
+            "run", limit, block=block, tokens=CHUNK, warm=1, least=0, count=0, within_s=0
+        )
     # In turn, so that whatever else the machine does for a moment falls on a part of each.
     for _ in range(effort.rounds):
         await seconds("bare", 1, 3, effort.steps, effort.steps_within_s)
-        await seconds("block", 1, 3, effort.steps, effort.steps_within_s)
-        await seconds("block", CHUNK, 1, effort.chunks, effort.chunks_within_s)
-    return Timings(
-        weight_bytes=shape.weight_bytes,
-        weights=shape.weights,
-        chunk=CHUNK,
-        bare_steps=tuple(taken["bare", 1]),
-        steps=tuple(taken["block", 1]),
-        chunks=tuple(taken["block", CHUNK]),
-    )
+        for block in (REPACKED, PLAIN):
+            await seconds(block, 1, 3, effort.steps, effort.steps_within_s)
+            await seconds(block, CHUNK, 1, effort.chunks, effort.chunks_within_s)
+
+    def timings(block: str) -> Timings:
+        return Timings(
+            weight_bytes=shape.weight_bytes,
+            weights=shape.weights,
+            chunk=CHUNK,
+            bare_steps=tuple(taken["bare", 1]),
+            steps=tuple(taken[block, 1]),
+            chunks=tuple(taken[block, CHUNK]),
+        )
+
+    return timings(REPACKED), timings(PLAIN)
 
 
 async def _disk_rate(child: ChildCaller, files: Path, effort: Effort) -> float | None:

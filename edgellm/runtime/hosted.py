@@ -32,7 +32,7 @@ from edgellm.runtime.session import Session
 from edgellm.runtime.stagefiles import StageFilesMaker
 from edgellm.store.cache import ShardCache
 from edgellm.store.shards import ShardFiles
-from edgellm.types import LayerSpan
+from edgellm.types import LayerSpan, Mode, Weights
 from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Frame
 from edgellm.wire.messages import (
     CloseSequence,
@@ -76,6 +76,8 @@ class StageParts:
     threads: int = 0
     """This device's own limit; 0: what the plan says."""
     pin: tuple[int, ...] = ()
+    plain_weights: Callable[[], bool] = lambda: False
+    """Whether this device computes faster with ``Weights.PLAIN``."""
 
 
 class HostedStage:
@@ -109,6 +111,11 @@ class HostedStage:
         settings = settings_from_plain(request.settings)
         most = parts.threads or os.cpu_count() or 1
         threads = min(settings.threads or most, most)
+        if settings.weights is Weights.AUTO:
+            # In reference mode the bits are those of llama.cpp as it comes.
+            plain = settings.mode is Mode.NORMAL and parts.plain_weights()
+            weights = Weights.PLAIN if plain else Weights.REPACKED
+            settings = dataclasses.replace(settings, weights=weights)
         settings = dataclasses.replace(settings, threads=threads, pin=parts.pin)
         self.payload_limits = payload_limits(
             chunk=settings.chunk, width=request.width, activations=settings.activations

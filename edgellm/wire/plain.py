@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from edgellm.errors import RemoteProtocolError, UsageError
-from edgellm.types import Activations, EngineSettings, Mode, SamplerSettings
+from edgellm.types import Activations, EngineSettings, Mode, SamplerSettings, Weights
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ _ENGINE: Mapping[str, Callable[[Any], Any]] = {
     "swa_full": _BOOL,
     "threads": _INT,
     "pin": lambda value: tuple(_INT(processor) for processor in value),
+    "weights": Weights,
 }
 _SAMPLER: Mapping[str, Callable[[Any], Any]] = {
     "temperature": _number,
@@ -67,6 +68,7 @@ def settings_to_plain(settings: EngineSettings) -> dict[str, Any]:
         "mode": settings.mode.value,
         "activations": settings.activations.value,
         "pin": list(settings.pin),
+        "weights": settings.weights.value,
     }
 
 

@@ -191,6 +191,27 @@ class Lan:
         self._nodes.append(node)
         return node
 
+    def chat(self, machine: Machine, name: str, *options: str) -> dict[str, Any]:
+        """Run ``edgellm chat`` on a machine with the home ``name``; what it prints."""
+        command = [
+            "ip", "netns", "exec", machine.namespace, sys.executable, "-m", "edgellm", "chat",
+            "--name", name, "--home", str(self._folder / name), "--no-probe", "--json", *options,
+        ]  # fmt: skip
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=environment(self._folder) | {"EDGELLM_DISCOVERY": "1"},
+            cwd=self._folder,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        made = json.loads(done.stdout)
+        assert isinstance(made, dict)
+        return made
+
     def stop(self, *nodes: Node, how: signal.Signals = signal.SIGTERM) -> None:
         for node in nodes:
             node.end(how)
@@ -271,6 +292,32 @@ def test_without_discovery_only_the_told_peer_is_found(lan: Lan) -> None:
     wait(stranger.ready, START_WITHIN_S, stranger)
     time.sleep(1.0)
     assert not stranger.found(a) and not stranger.found(b) and not a.found(stranger)
+
+
+def test_a_chat_over_three_machines_fetches_what_each_lacks(lan: Lan, shared_models: Path) -> None:
+    """``join`` on two machines, ``chat`` on one of them, and on a third where nothing ran yet."""
+    machines = lan.machines(3)
+    a, b = lan.start(machines[0], "a"), lan.start(machines[1], "b")
+    all_find_all(a, b)
+    asked = (
+        "--model", str(shared_models / "stories260K-f32.gguf"), "--raw", "--exact", "--ctx", "256",
+        "--prompt", "Once upon a time", "--temperature", "0", "--max-tokens", "30",
+    )  # fmt: skip
+    first = lan.chat(machines[0], "a", *asked, "--stages", "a:0-3,b:3-5")
+    assert [stage["device"] for stage in first["plan"]["stages"]] == ["a", "b"]
+    own, fetched = first["load"]
+    assert own["fetched_bytes"] == 0  # a has the model's file
+    assert fetched["fetched_bytes"] > 200_000  # b has another disk, as far as anybody tells it
+    three = lan.chat(
+        machines[2], "c", *asked, "--listen", "0.0.0.0", "--stages", "b:0-2,c:2-4,a:4-5"
+    )
+    assert [stage["device"] for stage in three["plan"]["stages"]] == ["b", "c", "a"]
+    assert three["tokens"] == first["tokens"]
+    assert three["load"][0]["fetched_bytes"] > 0
+    assert three["load"][1]["fetched_bytes"] == 0
+    again = lan.chat(machines[0], "a", *asked, "--stages", "a:0-3,b:3-5")
+    assert [load["fetched_bytes"] for load in again["load"]] == [0, 0]
+    assert again["tokens"] == first["tokens"]
 
 
 def test_decoy_interfaces_do_not_hinder(lan: Lan) -> None:

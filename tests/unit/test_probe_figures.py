@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.probe.figures import DeviceFigures, Timings, figures_of, relative_spread, undisturbed
+from edgellm.probe.figures import (
+    DeviceFigures,
+    Timings,
+    better_figures,
+    figures_of,
+    relative_spread,
+    undisturbed,
+)
 
 pytestmark = pytest.mark.pure
 
@@ -23,6 +30,7 @@ FIGURES = DeviceFigures(
     measured_at=1.79e9,
     spread=0.02,
     threads=4,
+    plain_weights=True,
 )
 NAMES = [field.name for field in dataclasses.fields(DeviceFigures)]
 
@@ -77,7 +85,7 @@ def test_anything_reads_as_finite_figures(plain: dict[str, Any]) -> None:
     read = DeviceFigures.from_plain(plain)
     for name in NAMES:
         value = getattr(read, name)
-        assert value is None or (type(value) in (int, float) and math.isfinite(value))
+        assert value is None or (type(value) in (int, float, bool) and math.isfinite(value))
         assert value is None or value >= 0
     for name in NAMES[:4]:
         assert getattr(read, name) is None or getattr(read, name) > 0
@@ -110,6 +118,27 @@ def test_figures_are_of_undisturbed_calls_less_the_overhead() -> None:
 def test_an_overhead_above_the_step_does_not_make_a_device_infinitely_fast() -> None:
     found = figures_of(timings(bare_steps=(1.0,)), disk_bytes_per_s=1e9, threads=1, now=5.0)
     assert found.decode_bytes_per_s == pytest.approx(100e6 / 0.00101, rel=1e-3)
+    assert DeviceFigures.from_plain(found.to_plain()) == found
+
+
+@pytest.mark.parametrize(
+    ("chunk_s", "step_s", "plain"),
+    [
+        (0.06, 0.0101, True),  # prompts faster, answers the same
+        (0.06, 0.0110, False),  # prompts faster, answers slower
+        (0.099, 0.0101, False),  # as good as the same: llama.cpp's own way
+        (0.2, 0.0080, False),  # prompts slower
+    ],
+)
+def test_plain_weights_must_win_and_cost_nothing(
+    chunk_s: float, step_s: float, plain: bool
+) -> None:
+    other = timings(chunks=(chunk_s,) * 3, steps=(step_s,) * 5)
+    found = better_figures(timings(), other, disk_bytes_per_s=None, threads=2, now=5.0)
+    assert found.plain_weights is plain
+    chosen = other if plain else timings()
+    usual = figures_of(chosen, disk_bytes_per_s=None, threads=2, now=5.0)
+    assert found.prefill_flops_per_s == usual.prefill_flops_per_s
     assert DeviceFigures.from_plain(found.to_plain()) == found
 
 
