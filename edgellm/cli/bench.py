@@ -29,6 +29,14 @@ RpcBuildFolder = Annotated[
         envvar="EDGELLM_RPC_BUILD",
     ),
 ]
+BenchWeights = Annotated[
+    Weights | None,
+    typer.Option(
+        "--weights",
+        help="How stages keep weights: auto, repacked, plain; default: auto, against RPC plain.",
+        envvar="EDGELLM_WEIGHTS",
+    ),
+]
 ControlOption = Annotated[
     bool,
     typer.Option(
@@ -45,7 +53,7 @@ def bench(
     pairs: o.Pairs = 7,
     chunk: o.Chunk = None,
     stages: o.Stages = None,
-    weights: o.WeightsOption = Weights.AUTO,
+    weights: BenchWeights = None,
     only: o.Only = None,
     against_rpc: Rpc = False,
     rpc_build: RpcBuildFolder = None,
@@ -68,7 +76,8 @@ def bench(
             pairs=pairs,
             chunk=chunk,
             stages=stages,
-            weights=weights,
+            # RPC servers keep weights as they are in the file: kernel for kernel the same.
+            weights=weights or (Weights.PLAIN if against_rpc else Weights.AUTO),
         )
         if only_control:
             controls = await control.measure_control(plan, tell)

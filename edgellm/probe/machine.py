@@ -31,7 +31,7 @@ from edgellm.probe.figures import DeviceFigures
 from edgellm.probe.measure import FOLDER_PREFIX, USUAL, Effort, measure
 from edgellm.probe.synthetic import BlockShape
 
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 """Raise it when figures of older probes no longer mean the same."""
 FRESH_S = 30 * 24 * 3600.0
 NOISY_FRESH_S = 3600.0

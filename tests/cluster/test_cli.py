@@ -53,7 +53,10 @@ def test_demo_prints_one_object_with_every_field(model: str, tiny: Path, tmp_pat
     assert ended.code == 0, ended.err
     assert ended.out.count("\n") == 1
     made = ended.json
-    assert made.keys() == {"text", "tokens", "finish_reason", "mode", "plan", "timings", "wire"}
+    names = {"text", "tokens", "finish_reason", "mode", "plan", "load", "timings", "wire"}
+    assert made.keys() == names
+    assert [load["device"] for load in made["load"]] == ["a", "b", "c"]
+    assert all(load["load_s"] >= 0 and load["total_s"] > 0 for load in made["load"])
     assert len(made["tokens"]) == 20
     if model == "stub":
         assert made["tokens"] == STUB_TOKENS
