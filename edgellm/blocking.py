@@ -27,7 +27,7 @@ from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
 from edgellm.client import Prompt
 from edgellm.errors import UsageError
 from edgellm.planner import Explained
-from edgellm.runtime.coordinator import Link, Peer
+from edgellm.runtime.peers import Link, Peer
 from edgellm.settings import NodeSettings
 from edgellm.types import Plan
 

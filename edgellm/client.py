@@ -42,14 +42,8 @@ from edgellm.planner import (
     plan_for,
 )
 from edgellm.probe import DeviceFigures
-from edgellm.runtime.coordinator import (
-    Coordinator,
-    Link,
-    ModelSource,
-    Peer,
-    Progress,
-    new_epoch,
-)
+from edgellm.runtime.coordinator import Coordinator, Progress, new_epoch
+from edgellm.runtime.peers import Link, ModelSource, Peer
 from edgellm.runtime.session import Introduction
 from edgellm.runtime.shares import Share, share_model
 from edgellm.scheduler.generation import prompt_chunk

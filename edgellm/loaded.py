@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
@@ -122,7 +123,7 @@ class Answer:
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
-        pipeline, clock = self._model.pipeline, asyncio.get_running_loop().time
+        pipeline, clock = self._model.pipeline, time.perf_counter
         asked = clock()
         try:
             async with asyncio.timeout(self._options.deadline_s):

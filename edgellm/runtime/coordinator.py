@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from edgellm.errors import (
     DeadlineError,
@@ -20,6 +19,7 @@ from edgellm.errors import (
     error_from_dict,
 )
 from edgellm.runtime.exchange import TensorExchange
+from edgellm.runtime.peers import Link, ModelSource, Peer
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.questions import Questions
 from edgellm.runtime.reach import reach
@@ -57,46 +57,6 @@ Progress = Callable[[str, LoadProgress], None]
 def new_epoch() -> Epoch:
     """A number that no other plan of any coordinator has, below 2**53."""
     return Epoch(secrets.randbits(52) + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A connected device."""
-
-    info: DeviceInfo
-    host: str
-    port: int
-    session: Session
-    how: str = ""
-    """How it was found, in a word or two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The way from one device to another, as measured from the first."""
-
-    source: str
-    """Name of a device."""
-    target: str
-    round_trip_s: float
-    """Of one token's activations."""
-    bytes_per_s: float
-    problem: str = ""
-    """Why it could not be measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Which model, for every device of a plan."""
-
-    engine: str
-    name: str
-    path: str
-    """Of the file. It is told on this machine only: elsewhere it means nothing."""
-    digest: str
-    """Empty where there is no file."""
-    width: int
-    vocab: int
 
 
 class Coordinator:

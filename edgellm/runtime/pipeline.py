@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class MadeToken:
     token: int
     position: int
     at: float
-    """When it arrived, on the event loop's clock."""
+    """When it arrived, by ``time.perf_counter``."""
     logits: NDArray[np.float32] | None = None
     """float32 [vocabulary]."""
 
@@ -127,7 +128,7 @@ class Running:
                     # The token it follows is in the journal: it is shown before the failure.
                     unsent = unsent or error
             elif isinstance(effect, Emit):
-                now = asyncio.get_running_loop().time()
+                now = time.perf_counter()  # a loop's own clock may tick in milliseconds
                 made = MadeToken(effect.token, effect.position, now, self._logits)
                 self._queue.put_nowait(made)
             elif isinstance(effect, Finish):
