@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -54,6 +55,9 @@ class Terminal:
                 env=environment(temp) | {"TERM": "xterm", "COLUMNS": "200"},
                 cwd=temp,
                 start_new_session=True,
+                # Tests that run in the background have Ctrl-C ignored, and it is inherited; whoever
+                # sits at a terminal has not.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
 
     def __enter__(self) -> Self:
