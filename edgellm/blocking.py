@@ -134,7 +134,7 @@ class Chat:
 class Model:
     """A model that is loaded over its devices. Made by ``Cluster.load``."""
 
-    def __init__(self, loop: _Loop, model: client.LoadedModel) -> None:
+    def __init__(self, loop: _Loop, model: loaded.LoadedModel) -> None:
         self._loop = loop
         self._model = model
 

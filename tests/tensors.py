@@ -25,6 +25,8 @@ from edgellm.types import LayerSpan
 
 GIB = 1 << 30
 LAYERS = 4
+SPAN = LayerSpan(1, 3)
+"""The stage that most tests are about."""
 WIDE = 256
 """Width of the model with tensors of more than one piece."""
 

@@ -107,15 +107,14 @@ class Answering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reaching:
-    """This device, and how others are found."""
+class Device:
+    """This device, and whom it looks for."""
 
-    peer: o.Peers = None
-    wait: o.Wait = DISCOVERY_WAIT_S
-    discovery: o.Discovery = True
     name: o.Name = None
     home: o.Home = None
     listen: o.Listen = LOOPBACK
+    peer: o.Peers = None
+    discovery: o.Discovery = True
     memory: o.Memory = None
     cache_size: o.CacheSize = None
     probe: o.Probe = True
@@ -132,3 +131,10 @@ class Reaching:
             cache_bytes=o.parse_size(self.cache_size),
             probe=figures_folder() if self.probe else None,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reaching(Device):
+    """This device, and how long to look for others."""
+
+    wait: o.Wait = DISCOVERY_WAIT_S

@@ -5,46 +5,35 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from dataclasses import replace
 
 from edgellm.cli import options as o
+from edgellm.cli.asked import Device
 from edgellm.cli.output import emit, run, tell
-from edgellm.client import device_name
+from edgellm.cli.spread import spread
 from edgellm.discovery.addresses import format_address, parse_address
 from edgellm.node import Node
 from edgellm.runtime.neighbours import Event, Found, Lost, Unreachable
-from edgellm.settings import LOOPBACK, NodeSettings, default_home, figures_folder
+from edgellm.settings import NodeSettings
 
 
+@spread
 def join(
-    name: o.Name = None,
-    home: o.Home = None,
-    listen: o.Listen = LOOPBACK,
+    device: Device,
     port: o.Port = 0,
-    peer: o.Peers = None,
-    discovery: o.Discovery = True,
-    memory: o.Memory = None,
-    cache_size: o.CacheSize = None,
     threads: o.Threads = 0,
     pin: o.Pin = None,
-    probe: o.Probe = True,
     until_stdin_closes: o.UntilStdinCloses = False,
     as_json: o.Json = False,
 ) -> None:
     """Offer this device to others: hold stages of models until stopped with Ctrl-C."""
 
     async def work() -> None:
-        settings = NodeSettings(
-            name=name or device_name(),
-            home=home or default_home(),
-            listen=listen,
+        settings = replace(
+            device.settings(threads),
             port=port,
-            memory_bytes=o.parse_size(memory),
-            threads=threads,
             pin=o.parse_processors(pin),
-            peers=tuple(map(parse_address, peer or ())),
-            discovery=discovery,
-            cache_bytes=o.parse_size(cache_size),
-            probe=figures_folder() if probe else None,
+            peers=tuple(map(parse_address, device.peer or ())),
         )
         news = _News()
         node = Node(settings, on_event=news.event, on_notice=news.say)

@@ -92,8 +92,7 @@ class Coordinator:
         """Connect to the device that others reach at ``host:port`` and ask what it is.
 
         ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError,
-        RemoteProtocolError for a device that says two things of itself, UsageError for a name
-        that another device has.
+        RemoteProtocolError for a device that says two things of itself.
         """
         session = await Session.dial(via or self._transport, host, port, self._me, self)
         return await self._adopt(session, host, port, how)

@@ -12,10 +12,11 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from edgellm.errors import DeadlineError, PeerLostError, RemoteProtocolError
 from edgellm.runtime.session import Session
+from edgellm.store.sources import TensorServer
 from edgellm.wire.messages import (
     DIGEST_BYTES,
     MAX_TENSORS,
@@ -33,32 +34,10 @@ ANSWER_WITHIN_S = 60.0
 _Answer = TypeVar("_Answer", TensorsHeld, PieceData)
 
 
-class TensorSource(Protocol):
-    """Where this device's tensors are."""
-
-    def holds(self, digests: Sequence[str]) -> Sequence[bool]:
-        """Whether each tensor, or manifest, is here. Quick."""
-        ...
-
-    def read(self, digest: str, offset: int, length: int) -> bytes | None:
-        """Bytes of a tensor or manifest, None where they are not here. Blocking."""
-        ...
-
-
-class NoTensors:
-    """A source without any."""
-
-    def holds(self, digests: Sequence[str]) -> Sequence[bool]:
-        return [False] * len(digests)
-
-    def read(self, digest: str, offset: int, length: int) -> bytes | None:
-        return None
-
-
 class TensorExchange:
     """Answers and asks over any number of sessions. Give it their messages with ``take``."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorServer) -> None:
         self._source = source
         self._numbers = itertools.count(1)
         self._asked: dict[tuple[Session, int], asyncio.Future[TensorsHeld | PieceData]] = {}

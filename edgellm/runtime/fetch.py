@@ -11,27 +11,18 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Protocol
 
 from edgellm.errors import DeadlineError, EdgeError, FetchError, ModelFileError
 from edgellm.modelfile.manifest import PIECE_BYTES, ShardManifest
 from edgellm.runtime.exchange import ANSWER_WITHIN_S, TensorExchange
 from edgellm.runtime.session import Session
-from edgellm.scheduler.transfer import SILENCE, Ask, Piece, Progress, Transfer
+from edgellm.scheduler.transfer import SILENCE, Ask, Progress, Transfer
+from edgellm.store.assembly import Assembly
 from edgellm.wire.messages import FileWanted
 
 OnProgress = Callable[[Progress], None]
 SourceTable = Mapping[str, Callable[[], Awaitable[Session]]]
 """By the name of a device: how to get a session with it."""
-
-
-class Assembly(Protocol):
-    """What is being put together: ``store.assembly``."""
-
-    @property
-    def missing(self) -> tuple[Piece, ...]: ...
-
-    def write(self, piece: Piece, data: bytes | memoryview) -> bool: ...
 
 
 async def fetch_manifest(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from edgellm.modelfile.manifest import ShardManifest, shard_manifest
@@ -35,7 +35,7 @@ class Share:
 
 
 class Shares:
-    """A ``TensorSource`` of everything that is shared at the moment."""
+    """A ``TensorServer`` of everything that is shared at the moment."""
 
     def __init__(self) -> None:
         self._shares: dict[int, Share] = {}
@@ -46,11 +46,12 @@ class Shares:
     def drop(self, epoch: int) -> None:
         self._shares.pop(epoch, None)
 
-    def holds(self, digests: Sequence[str]) -> Sequence[bool]:
-        found = [False] * len(digests)
+    def holds(self, digests: Iterable[str]) -> list[bool]:
+        wanted = list(digests)
+        found = [False] * len(wanted)
         for share in list(self._shares.values()):
-            for at, held in enumerate(share.tensors.holds(digests)):
-                found[at] = found[at] or held or digests[at] in share.manifests
+            for at, held in enumerate(share.tensors.holds(wanted)):
+                found[at] = found[at] or held or wanted[at] in share.manifests
         return found
 
     def read(self, digest: str, offset: int, length: int) -> bytes | None:

@@ -61,6 +61,21 @@ class FileFigures:
         }
 
 
+def _paced() -> Callable[[], bool]:
+    """Says whether it is time to tell again: true at most every ``TELL_EVERY_S``."""
+    last = 0.0
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < TELL_EVERY_S:
+            return False
+        last = now
+        return True
+
+    return due
+
+
 class StageFilesMaker:
     """See the module."""
 
@@ -140,13 +155,10 @@ class StageFilesMaker:
         """Verify or copy what this disk has."""
         started = time.perf_counter()
         loop = asyncio.get_running_loop()
-        last = 0.0
+        due = _paced()
 
         def progress(done: int, total: int) -> None:  # called in the thread
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= TELL_EVERY_S:
-                last = now
+            if due():
                 with contextlib.suppress(RuntimeError):  # the loop is closing
                     loop.call_soon_threadsafe(self._tell, "copy", done, total)
 
@@ -188,13 +200,10 @@ class StageFilesMaker:
             if source.device_id not in known:
                 sources[source.name] = connect(source)
         before = assembly.total_bytes - sum(piece.length for piece in assembly.missing)
-        last = 0.0
+        due = _paced()
 
         def tell(progress: Progress) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last >= TELL_EVERY_S or progress.done_bytes == progress.total_bytes:
-                last = now
+            if due() or progress.done_bytes == progress.total_bytes:
                 names = ", ".join(sorted(name for name, got in progress.by_source.items() if got))
                 part = f"fetch from {names}" if names else "fetch"
                 self._tell(part[:60], before + progress.done_bytes, assembly.total_bytes)

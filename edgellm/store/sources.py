@@ -43,10 +43,10 @@ class LocalTensors(Protocol):
 
 
 class TensorServer(Protocol):
-    """What answers peers that ask for tensors by their digests."""
+    """What answers peers that ask for tensors, or manifests, by their digests."""
 
     def holds(self, digests: Iterable[str]) -> list[bool]:
-        """Which of these tensors can be had here."""
+        """Which of these can be had here. Quick."""
 
     def read(self, digest: str, offset: int, length: int) -> bytes | None:
         """``length`` bytes of a tensor; None for a range that cannot be had here. Blocking.

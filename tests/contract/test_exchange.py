@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
@@ -31,7 +31,7 @@ class Dictionary:
     def __init__(self) -> None:
         self.reads = 0
 
-    def holds(self, digests: Sequence[str]) -> Sequence[bool]:
+    def holds(self, digests: Iterable[str]) -> list[bool]:
         return [digest in TENSORS for digest in digests]
 
     def read(self, digest: str, offset: int, length: int) -> bytes | None:

@@ -30,31 +30,7 @@ from tests.tensors import (
     files_below,
     open_cache,
     put,
-    write_wide_model,
 )
-
-SPAN = LayerSpan(1, 3)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return write_wide_model(tmp_path_factory.mktemp("wide") / "wide.gguf")
-
-
-@pytest.fixture(scope="module")
-def digests_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("digests")
-
-
-@pytest.fixture
-def case(wide: Model, digests_folder: Path, tmp_path: Path) -> Case:
-    return Case(wide, SPAN, digests_folder, tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
 
 # --- crashes --------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from edgellm.store.sources import ModelTensors
 from edgellm.types import LayerSpan
 from tests.tensors import (
     GIB,
+    SPAN,
     Case,
     digest_of,
     fetch_all,
@@ -31,29 +32,6 @@ from tests.tensors import (
     write_wide_model,
 )
 from tests.tinymodels import write_tiny_model
-
-SPAN = LayerSpan(1, 3)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return write_wide_model(tmp_path_factory.mktemp("wide") / "wide.gguf")
-
-
-@pytest.fixture(scope="module")
-def digests_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("digests")
-
-
-@pytest.fixture
-def case(wide: Model, digests_folder: Path, tmp_path: Path) -> Case:
-    return Case(wide, SPAN, digests_folder, tmp_path)
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
 
 # --- putting a file together ----------------------------------------------------------
 
