@@ -89,6 +89,18 @@ class PeerLostError(DeviceError):
     code = "peer_lost"
 
 
+class NotPairedError(DeviceError):
+    """A device does not belong to our cluster, or we do not belong to its."""
+
+    code = "not_paired"
+
+
+class PairingError(DeviceError):
+    """Two devices could not be paired: a wrong code, no invitation, or time was up."""
+
+    code = "pairing"
+
+
 class FetchError(DeviceError):
     """The tensors of a stage could not be had from any device."""
 

@@ -232,6 +232,7 @@ class Pipeline:
                 sampler_to_plain(request.sampler),
                 max(request.deadline_s - request.spent_s, 0.0),
                 request.logits,
+                0,
                 encode_tokens(request.prompt),
             )
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgellm.errors import EdgeError, PeerLostError
+from edgellm.errors import EdgeError, PeerLostError, RemoteProtocolError
 from edgellm.transport.base import Stream, Transport
 from edgellm.wire.connection import (
     Closed,
@@ -47,6 +47,8 @@ class Introduction:
     name: str
     device_id: str
     software: str
+    boot: int = 0
+    """See ``Hello``."""
 
 
 class SessionHandler(Protocol):
@@ -238,11 +240,21 @@ class Session:
             self.traffic.received_messages += 1
             self._handler.on_message(self, event.message, event.frame)
         elif isinstance(event, Opened):
+            self._check_identity(event.peer)
             self._opened.set_result(event.peer)
             self._arm_timer()  # heartbeats are due sooner than the handshake was
             self._told_open(self)
         elif isinstance(event, Closed):
             self._end(event.reason)
+
+    def _check_identity(self, peer: Hello | Welcome) -> None:
+        """What a peer calls itself must be what its certificate proved it to be."""
+        proven = self._stream.peer_id
+        if proven is not None and proven != peer.device_id:
+            raise RemoteProtocolError(
+                f"{self.address} proved to be device {proven[:8]} and calls itself"
+                f" {peer.device_id[:8]}."
+            )
 
     def _arm_timer(self) -> None:
         if self._timer is not None:
@@ -301,6 +313,7 @@ def _connection(role: Role, me: Introduction, timeouts: Timeouts | None) -> Conn
         name=me.name,
         device_id=me.device_id,
         software=me.software,
+        boot=me.boot,
         timeouts=timeouts,
         undecoded=ROUTED_KINDS,
     )

@@ -32,6 +32,12 @@ class Stream(Protocol):
         """Whether the other end is on this machine."""
         ...
 
+    @property
+    def peer_id(self) -> str | None:
+        """The device that the other end has proven to be, 64 hex digits; None where the transport
+        proves nothing: within one process."""
+        ...
+
     async def read(self, max_bytes: int) -> bytes:
         """The next 1 to ``max_bytes`` bytes, as soon as there are any; ``b""`` at the end.
 

@@ -183,6 +183,10 @@ class MemoryStream:
         self._pipe = far._source = _Pipe(self._route, self, far)
 
     @property
+    def peer_id(self) -> str | None:
+        return None
+
+    @property
     def local(self) -> bool:
         return True
 

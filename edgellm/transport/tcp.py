@@ -60,6 +60,10 @@ class TcpStream(asyncio.Protocol):
     def local(self) -> bool:
         return self._local
 
+    @property
+    def peer_id(self) -> str | None:
+        return None
+
     async def read(self, max_bytes: int) -> bytes:
         chunk = await self._inbox.read(max_bytes)
         if self._reading_paused and self._inbox.held <= _READ_LOW:

@@ -133,9 +133,9 @@ Event: TypeAlias = Opened | MessageReceived | FrameReceived | Closed
 class Connection:
     """The state of one connection, seen from one side.
 
-    ``name``, ``device_id`` and ``software`` are what this side says of itself. ``allowed``
-    are the kinds accepted once the connection is open. Frames of an ``undecoded`` kind are
-    handed on as ``FrameReceived``, for a node that only checks and forwards them.
+    ``name``, ``device_id``, ``software`` and ``boot`` are what this side says of itself.
+    ``allowed`` are the kinds accepted once the connection is open. Frames of an ``undecoded`` kind
+    are handed on as ``FrameReceived``, for a node that only checks and forwards them.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class Connection:
         name: str,
         device_id: str,
         software: str,
+        boot: int = 0,
         timeouts: Timeouts | None = None,
         allowed: frozenset[int] = NETWORK_KINDS,
         undecoded: frozenset[int] = frozenset(),
@@ -156,7 +157,7 @@ class Connection:
         self.peer: Hello | Welcome | None = None
         self.round_trip_s: float | None = None
         """Of the latest answered ping."""
-        self._identity = (PROTOCOL, name, device_id, software)
+        self._identity = (PROTOCOL, name, device_id, software, boot)
         self._timeouts = timeouts or Timeouts()
         self._undecoded = undecoded & allowed
         in_open = allowed - {_HELLO, _WELCOME}

@@ -23,7 +23,7 @@ from zlib import crc32
 from edgellm.errors import LocalProtocolError, RemoteProtocolError
 
 MAGIC = b"eL"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 16
 MAX_META_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 1 << 30

@@ -1,8 +1,9 @@
 """Messages to frames and back: ``encode``, ``decode``, ``peek``. Pure.
 
-This is the face of the vocabulary: the message classes are to be imported from here. What
-each kind may hold is in ``tags``. Anything that does not fit is a ``LocalProtocolError`` on
-the way out and a ``RemoteProtocolError`` on the way in, and never another error.
+This is the face of the vocabulary: the message classes are to be imported from here, those of
+trust and of recovery from ``trust`` and ``care``. What each kind may hold is in ``tags``. Anything
+that does not fit is a ``LocalProtocolError`` on the way out and a ``RemoteProtocolError`` on the
+way in, and never another error.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def decode(frame: Frame, allowed: frozenset[int] = NETWORK_KINDS) -> Message:
             made.append(frame.payload)
         elif frame.payload:
             raise SchemaError("a payload where there is none")
-        message = spec.make(*made)
+        message: Message = spec.make(*made)
         if spec.rule is not None:
             spec.rule(message)
     except SchemaError as error:

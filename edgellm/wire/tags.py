@@ -6,17 +6,18 @@ wire. Kinds are part of the protocol: a number once used is never used for anyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Final, cast
 
-from edgellm.errors import LocalProtocolError
 from edgellm.wire import schema
 from edgellm.wire.frames import Buffer
-from edgellm.wire.schema import MAX_LIST, MAX_SEQUENCE, NO_TOKEN, Check, SchemaError
+from edgellm.wire.schema import MAX_LIST, MAX_SEQUENCE, NO_TOKEN, SchemaError
+from edgellm.wire.spec import Spec
+from edgellm.wire.tags_care import CARE
+from edgellm.wire.tags_trust import MAX_CERTIFICATE_BYTES, TRUST
 from edgellm.wire.tensors import LOGIT_BYTES, TOKEN_BYTES, rows_nbytes
+from edgellm.wire.trust import Introduce
 from edgellm.wire.vocabulary import (
     CloseSequence,
     DeviceInfo,
@@ -31,7 +32,6 @@ from edgellm.wire.vocabulary import (
     LoadProgress,
     LoadStage,
     MeasureLink,
-    Message,
     OpenSequence,
     PieceData,
     Ping,
@@ -128,38 +128,6 @@ def _check_progress(progress: LoadProgress) -> None:
 
 # --- the table ------------------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One line of the table: the class of a kind and the checks of its fields, in order."""
-
-    kind: int
-    make: Callable[..., Message]
-    checks: tuple[tuple[str, Check], ...]
-    rule: Callable[[Any], None] | None = None
-    payload: bool = field(init=False)
-    """Whether the message carries raw bytes."""
-    name: str = field(init=False)
-    values: Callable[[Message], tuple[Any, ...]] = field(init=False)
-    """The fields of a message, in order, without the payload."""
-
-    def __post_init__(self) -> None:
-        names = [each.name for each in fields(cast(Any, self.make))]
-        checked = [name for name, _ in self.checks]
-        if checked != [name for name in names if name != "payload"]:
-            raise LocalProtocolError(f"message kind {self.kind}: the table and the class differ.")
-        object.__setattr__(self, "payload", "payload" in names)
-        object.__setattr__(self, "name", cast(type, self.make).__name__)
-        object.__setattr__(self, "values", _getter(checked))
-
-
-def _getter(names: list[str]) -> Callable[[Message], tuple[Any, ...]]:
-    """``attrgetter`` that answers a tuple for none and for one name as well."""
-    if len(names) > 1:
-        return attrgetter(*names)
-    return lambda message: tuple([getattr(message, name) for name in names])
-
-
 _EPOCH = ("epoch", schema.integer())
 _SEQUENCE = ("sequence", schema.integer(0, MAX_SEQUENCE))
 _INDEX = ("index", schema.integer(0, 1023))
@@ -169,6 +137,7 @@ _PEER = (
     ("name", schema.label(64)),
     ("device_id", schema.label(64)),
     ("software", schema.label(64)),
+    ("boot", schema.integer()),
 )
 _REQUEST = ("request", schema.integer())
 _PEERS = schema.sequence_of(schema.peer_address, MAX_PEERS)
@@ -292,6 +261,7 @@ _TABLE: Final = (
             ("sampler", schema.mapping_of(_sampling)),
             _DURATION,
             ("logits", schema.flag),
+            ("position", schema.integer(0, schema.MAX_POSITION)),
         ),
         _check_prompt,
     ),
@@ -339,6 +309,8 @@ _TABLE: Final = (
     ),
     Spec(63, PieceData, (_REQUEST, ("found", schema.flag)), _check_piece),
     Spec(40, StartEngine, (("config", schema.mapping_of(schema.tree)),)),
+    *TRUST,
+    *CARE,
 )
 BY_KIND: Final = MappingProxyType({spec.kind: spec for spec in _TABLE})
 BY_TYPE: Final = MappingProxyType({cast(type, spec.make): spec for spec in _TABLE})
@@ -356,6 +328,7 @@ DEFAULT_PAYLOAD_LIMITS: Final[Mapping[int, int]] = MappingProxyType(
         BY_TYPE[QueryTensors].kind: MAX_TENSORS * DIGEST_BYTES,
         BY_TYPE[TensorsHeld].kind: MAX_TENSORS,
         BY_TYPE[PieceData].kind: MAX_PIECE_BYTES,
+        BY_TYPE[Introduce].kind: MAX_CERTIFICATE_BYTES,
     }
 )
-"""Largest payloads before there is a plan: no hidden rows, no logits."""
+"""Largest payloads before there is a plan: no hidden rows, no logits, no KV pages."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from edgellm.types import Activations
+from edgellm.wire.care import CareMessage
 from edgellm.wire.frames import VERSION, Buffer
 from edgellm.wire.schema import FileWanted, PeerAddress, Result, Row
+from edgellm.wire.trust import TrustMessage
 
 PROTOCOL = VERSION
 """What ``Hello.protocol`` says: both sides must say the same."""
@@ -28,6 +30,8 @@ class Hello:
     name: str
     device_id: str
     software: str
+    boot: int = 0
+    """How often this node has started; 0 is no node but a command of its device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Welcome:
     name: str
     device_id: str
     software: str
+    boot: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +250,8 @@ class StageStats:
 
 @dataclass(frozen=True, slots=True)
 class OpenSequence:
-    """Announces a sequence to every stage. Payload: prompt token ids, int32."""
+    """Announces a sequence to every stage. Payload: its tokens so far, int32: the prompt, and after
+    a recovery what was made as well."""
 
     epoch: int
     sequence: int
@@ -255,6 +261,8 @@ class OpenSequence:
     """Seconds from receipt."""
     logits: bool
     """Whether ``Tokens`` carries the logits of this sequence's outputs."""
+    position: int = 0
+    """A stage that holds the sequence keeps its tokens before this one and forgets the others."""
     payload: Buffer = b""
 
 
@@ -332,4 +340,6 @@ Message: TypeAlias = (
     | Hidden
     | Tokens
     | StartEngine
+    | TrustMessage
+    | CareMessage
 )

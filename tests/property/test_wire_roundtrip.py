@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgellm.errors import RemoteProtocolError
 from edgellm.types import Activations
+from edgellm.wire import care, trust
 from edgellm.wire import messages as m
 from edgellm.wire.frames import FrameDecoder, encode_frame
 from edgellm.wire.tensors import decode_rows, decode_tokens, encode_rows, encode_tokens, rows_nbytes
@@ -108,7 +109,7 @@ def loads(draw: st.DrawFn) -> m.LoadStage:
     )
 
 
-peer = (st.integers(0, 255), labels, labels, labels)
+peer = (st.integers(0, 255), labels, labels, labels, ints)
 error = st.fixed_dictionaries(
     {"code": labels, "message": labels}, optional={"device": labels, "hint": labels}
 )
@@ -150,6 +151,7 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
         maps(scalars | biases),
         durations,
         st.booleans(),
+        small,
         st.lists(small, max_size=50).map(encode_tokens),
     ),
     st.builds(m.CloseSequence, ints, small),
@@ -169,6 +171,50 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
     st.builds(m.FetchPiece, ints, digests, ints, st.integers(1, 1 << 20)),
     st.builds(m.PieceData, ints, st.just(True), st.binary(max_size=100)),
     st.builds(m.PieceData, ints, st.just(False), st.just(b"")),
+    st.builds(trust.QueryMembers),
+    st.builds(trust.MembersSeen, st.lists(maps(trees), max_size=3).map(tuple)),
+    st.builds(
+        trust.Introduce, digests, labels, ints, st.booleans(), digests, st.binary(min_size=1)
+    ),
+    st.builds(trust.OpenInvitation, ints, durations),
+    st.builds(trust.InvitationOpen, ints, st.just("1234-5678"), durations, labels),
+    st.builds(trust.Forget, ints, digests),
+    st.builds(trust.Forgot, ints, labels),
+    st.builds(trust.Leave, ints),
+    st.builds(trust.Goodbye, labels, durations),
+    st.builds(trust.ProbePeer, ints, digests),
+    st.builds(trust.PeerProbed, ints, durations),
+    st.builds(
+        care.Rebind,
+        st.just(1),
+        st.integers(2, 99),
+        st.integers(0, 3),
+        st.integers(4, 9),
+        labels,
+        st.integers(0, 65535),
+        labels,
+        labels,
+    ),
+    st.builds(care.ResendRows, ints, small, small),
+    st.builds(care.ExportSequence, ints, small, ints, addresses),
+    st.builds(care.ExpectSequence, ints, small, digests, small),
+    st.builds(
+        care.KvPage,
+        ints,
+        small,
+        labels,
+        st.integers(0, 8),
+        st.integers(9, 99),
+        st.just("f16"),
+        st.just("cells"),
+        small,
+        st.integers(1, 64),
+        st.integers(0, 3),
+        st.integers(4, 9),
+        digests,
+        st.binary(min_size=1),
+    ),
+    st.builds(care.SequenceImported, ints, small, small, ints, st.integers(0, 9)),
     st.builds(m.StartEngine, st.dictionaries(labels, scalars | st.tuples(trees), max_size=4)),
 )
 

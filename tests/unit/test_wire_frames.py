@@ -40,12 +40,12 @@ def whole(kind: int, meta: bytes, payload: bytes = b"") -> bytes:
     return b"".join(encode_frame(kind, meta, payload))
 
 
-def header(kind: int, meta_len: int, payload_len: int, version: int = 1) -> bytes:
+def header(kind: int, meta_len: int, payload_len: int, version: int = 2) -> bytes:
     return struct.pack("<2sBBIII", b"eL", version, kind, meta_len, payload_len, 0)
 
 
 def test_layout_is_the_documented_one() -> None:
-    head = b"eL\x01\x1e" + (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
+    head = b"eL\x02\x1e" + (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
     checksum = zlib.crc32(head + b"abc" + b"xy").to_bytes(4, "little")
     assert whole(30, b"abc", b"xy") == head + checksum + b"abcxy"
 
@@ -94,7 +94,7 @@ def test_length_is_refused_from_the_header_alone() -> None:
     ("data", "reason"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", "not an edgellm frame"),
-        (header(1, 0, 0, version=2), "version 2"),
+        (header(1, 0, 0, version=1), "version 1"),
         (header(1, MAX_META_BYTES + 1, 0), "meta"),
         (header(1, 0xFFFFFFFF, 0xFFFFFFFF), "too long"),
         (header(31, 1, 1), "at most 0 are allowed"),

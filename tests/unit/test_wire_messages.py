@@ -15,6 +15,7 @@ import pytest
 
 from edgellm.errors import EdgeError, LocalProtocolError, RemoteProtocolError, StageError
 from edgellm.types import Activations
+from edgellm.wire import care, trust
 from edgellm.wire import messages as m
 from edgellm.wire.frames import Frame, FrameDecoder, encode_frame
 from edgellm.wire.messages import Result, Row, decode, encode, peek
@@ -66,6 +67,7 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
             {"temperature": 0.8, "seed": 1, "logit_bias": ((5, -1.0),)},
             60.0,
             True,
+            0,
             b"\1\0\0\0",
         ),
     ),
@@ -85,6 +87,26 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
     (61, m.TensorsHeld(2, b"\0\1")),
     (62, m.FetchPiece(3, "0f" * 32, 1 << 40, 1 << 19)),
     (63, m.PieceData(3, True, b"piece")),
+    (58, trust.QueryMembers()),
+    (59, trust.MembersSeen(({"name": "kitchen", "state": "alive"},))),
+    (70, trust.Introduce("ab" * 32, "kitchen", 1, False, "cd" * 32, b"certificate")),
+    (71, trust.OpenInvitation(4, 120.0)),
+    (72, trust.InvitationOpen(4, "1234-5678", 120.0, "")),
+    (73, trust.Forget(5, "ab" * 32)),
+    (74, trust.Forgot(5, "")),
+    (75, trust.Leave(6)),
+    (76, trust.Goodbye("stopped", 10.0)),
+    (77, trust.ProbePeer(7, "ab" * 32)),
+    (78, trust.PeerProbed(7, 0.5)),
+    (80, care.Rebind(7, 8, 1, 2, "::1", 7171, "ab" * 32, "cd" * 32)),
+    (81, care.ResendRows(7, 3, 12)),
+    (82, care.ExportSequence(7, 3, 8, m.PeerAddress("ab" * 32, "kitchen", "::1", 7171))),
+    (83, care.ExpectSequence(8, 3, "ab" * 32, 12)),
+    (
+        84,
+        care.KvPage(8, 3, "0f" * 32, 0, 4, "f16", "cells", 64, 12, 1, 2, "0f" * 32, b"cells"),
+    ),
+    (85, care.SequenceImported(8, 3, 76, 4096, 2)),
     (40, m.StartEngine({"engine": "stub", "limits": {"memory": 5, "none": None}, "pin": (1, 2)})),
 )
 
@@ -272,7 +294,7 @@ def test_what_is_no_message_cannot_be_sent() -> None:
 
 
 def test_whole_numbers_of_a_javascript_peer_are_numbers() -> None:
-    decoded = decode(made(20, [0, 0, {"temperature": 1}, 60, False]))
+    decoded = decode(made(20, [0, 0, {"temperature": 1}, 60, False, 0]))
     assert isinstance(decoded, m.OpenSequence)
     assert type(decoded.deadline_s) is float
 

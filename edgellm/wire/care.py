@@ -1,0 +1,105 @@
+"""Messages that carry a request over to another plan: recovery, and KV pages. Pure data; see
+``vocabulary``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from edgellm.wire.frames import Buffer
+from edgellm.wire.schema import PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Rebind:
+    """A stage goes over to a new plan with its layers and KV as they are. From its coordinator, and
+    from the node to its stage process. Answer: ``StageReady`` of the new epoch."""
+
+    epoch: int
+    new_epoch: int
+    index: int
+    stage_count: int
+    next_host: str
+    next_port: int
+    """Of the next stage; 0 for the last one."""
+    next_id: str
+    previous_id: str
+    """Device id of the previous stage's node; empty for the first one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResendRows:
+    """Send the next stage again the hidden rows of a sequence before position ``end``, in the
+    frames that they were first sent in. An ``ErrorReport`` of the sequence where they are not kept.
+    """
+
+    epoch: int
+    sequence: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSequence:
+    """Send the KV pages of a sequence to the device that has this stage in ``new_epoch``. From the
+    coordinator, and from the node to its stage process."""
+
+    epoch: int
+    sequence: int
+    new_epoch: int
+    peer: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectSequence:
+    """The KV pages of a sequence will come from this device. Answer, once they are all there and
+    restored: ``SequenceImported``."""
+
+    epoch: int
+    sequence: int
+    from_id: str
+    position: int
+    """Tokens that they must hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvPage:
+    """KV cells of consecutive positions of one sequence for the layers of one stage, or a part of
+    a sequence's state that has no cells. Payload: the bytes, as ``engine.pages`` lays them out."""
+
+    epoch: int
+    """Of the plan that they are for."""
+    sequence: int
+    model: str
+    """Digest of the model, or its name."""
+    first: int
+    end: int
+    """Layers [first, end)."""
+    kv_type: str
+    kind: str
+    """``cells`` or ``state``."""
+    position: int
+    """Of the first cell."""
+    count: int
+    """Cells; 0 for a part of a state."""
+    index: int
+    pages: int
+    """This is page ``index`` of so many."""
+    digest: str
+    """SHA-256 of the payload."""
+    payload: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceImported:
+    epoch: int
+    sequence: int
+    position: int
+    """Tokens that the stage holds now."""
+    received_bytes: int
+    pages: int
+
+
+CareMessage: TypeAlias = (
+    Rebind | ResendRows | ExportSequence | ExpectSequence | KvPage | SequenceImported
+)

@@ -1,0 +1,101 @@
+"""The tag table's lines for ``care``. Pure."""
+
+from __future__ import annotations
+
+from edgellm.wire import schema
+from edgellm.wire.care import (
+    ExpectSequence,
+    ExportSequence,
+    KvPage,
+    Rebind,
+    ResendRows,
+    SequenceImported,
+)
+from edgellm.wire.schema import MAX_POSITION, MAX_SEQUENCE, SchemaError
+from edgellm.wire.spec import Spec
+
+PAGE_CELLS = 64
+"""Positions in a page; the last one of a sequence may hold fewer."""
+MAX_PAGES = 1 << 20
+PAGE_KINDS = ("cells", "state")
+
+_EPOCH = ("epoch", schema.integer())
+_NEW_EPOCH = ("new_epoch", schema.integer())
+_SEQUENCE = ("sequence", schema.integer(0, MAX_SEQUENCE))
+_POSITION = ("position", schema.integer(0, MAX_POSITION))
+
+
+def _kind(value: object) -> str:
+    if value not in PAGE_KINDS:
+        raise SchemaError(f"a page is none of {', '.join(PAGE_KINDS)}")
+    return str(value)
+
+
+def _check_page(page: KvPage) -> None:
+    if not page.first < page.end:
+        raise SchemaError(f"a page of no layers: [{page.first}, {page.end})")
+    if page.index >= page.pages:
+        raise SchemaError(f"page {page.index} of {page.pages}")
+    if (page.kind == "cells") is not (page.count > 0):
+        raise SchemaError(f"a page of {page.kind} with {page.count} cells")
+    if not len(page.payload):
+        raise SchemaError("a page without bytes")
+
+
+def _check_rebind(rebind: Rebind) -> None:
+    if rebind.index >= rebind.stage_count:
+        raise SchemaError(f"stage {rebind.index} of {rebind.stage_count}")
+    if rebind.epoch == rebind.new_epoch:
+        raise SchemaError("a stage goes over to the plan that it has")
+
+
+CARE = (
+    Spec(
+        80,
+        Rebind,
+        (
+            _EPOCH,
+            _NEW_EPOCH,
+            ("index", schema.integer(0, 1023)),
+            ("stage_count", schema.integer(1, 1024)),
+            ("next_host", schema.label(255)),
+            ("next_port", schema.integer(0, 65535)),
+            ("next_id", schema.label(64)),
+            ("previous_id", schema.label(64)),
+        ),
+        _check_rebind,
+    ),
+    Spec(81, ResendRows, (_EPOCH, _SEQUENCE, ("end", schema.integer(0, MAX_POSITION)))),
+    Spec(82, ExportSequence, (_EPOCH, _SEQUENCE, _NEW_EPOCH, ("peer", schema.peer_address))),
+    Spec(83, ExpectSequence, (_EPOCH, _SEQUENCE, ("from_id", schema.digest), _POSITION)),
+    Spec(
+        84,
+        KvPage,
+        (
+            _EPOCH,
+            _SEQUENCE,
+            ("model", schema.label(200)),
+            ("first", schema.integer(0, 1 << 16)),
+            ("end", schema.integer(1, 1 << 16)),
+            ("kv_type", schema.label(16)),
+            ("kind", _kind),
+            _POSITION,
+            ("count", schema.integer(0, PAGE_CELLS)),
+            ("index", schema.integer(0, MAX_PAGES)),
+            ("pages", schema.integer(1, MAX_PAGES)),
+            ("digest", schema.digest),
+        ),
+        _check_page,
+    ),
+    Spec(
+        85,
+        SequenceImported,
+        (
+            _EPOCH,
+            _SEQUENCE,
+            _POSITION,
+            ("received_bytes", schema.integer()),
+            ("pages", schema.integer(0, MAX_PAGES)),
+        ),
+    ),
+)
