@@ -17,13 +17,13 @@ import msgpack
 import pytest
 
 from edgellm.errors import RemoteProtocolError
-from edgellm.types import Activations
 from edgellm.wire import messages as m
 from edgellm.wire.connection import Closed, Connection, Role
 from edgellm.wire.frames import MAX_META_BYTES, Frame, FrameDecoder, encode_frame
+from tests.fuzz.driver import mutated
+from tests.fuzz.targets import LIMITS, WIRE_SEEDS, resealed
 
 pytestmark = pytest.mark.pure
-LIMITS = dict.fromkeys(range(1, 256), 4096)
 FRAMES = 20_000
 MIB = 1 << 20
 
@@ -39,22 +39,6 @@ def _no_io() -> Iterator[None]:
         patch.setattr(socket, "socket", forbidden)
         patch.setattr(time, "sleep", forbidden)
         yield
-
-
-SEEDS = tuple(
-    b"".join(m.encode(message))
-    for message in (
-        m.Hello(m.PROTOCOL, "a", "b", "c"),
-        m.Ping(7),
-        m.ErrorReport(1, 2, {"code": "x", "message": "y"}),
-        m.StageReady(1, 0, 5, {"load": 0.5}),
-        m.OpenSequence(1, 2, {"seed": 1, "logit_bias": ((1, 0.5),)}, 9.0, False, 0, bytes(8)),
-        m.Step(1, (m.Row(1, 2, 2, True),), bytes(8)),
-        m.Hidden(1, (m.Row(1, 2, 1, True),), 8, Activations.FLOAT16, bytes(18)),
-        m.Tokens(1, (m.Result(1, 2, 3),)),
-        m.StartEngine({"a": {"b": (1, 2.5, None)}}),
-    )
-)
 
 
 def digest(data: bytes) -> int:
@@ -73,34 +57,6 @@ def digest(data: bytes) -> int:
     return valid
 
 
-def mutated(chance: random.Random, data: bytes) -> bytes:
-    out = bytearray(data)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(out))
-        match chance.randrange(4):
-            case 0:
-                out[at] = chance.randrange(256)
-            case 1:
-                del out[at : at + chance.randint(1, 8)]
-            case 2:
-                out[at:at] = chance.randbytes(chance.randint(1, 8))
-            case _:
-                out[at : at + 4] = chance.choice([b"\xff" * 4, bytes(4), b"\xdd\xff\xff\xff"])
-        out = out or bytearray(b"e")
-    return bytes(out)
-
-
-def resealed(chance: random.Random, data: bytes) -> bytes:
-    """A mutation behind a right checksum and right lengths: the part that parsers must survive."""
-    (frame,) = FrameDecoder(LIMITS).feed(data)
-    meta = mutated(chance, frame.meta)
-    payload = bytes(frame.payload)
-    if chance.random() < 0.3:
-        payload = chance.randbytes(chance.randrange(40))
-    kind = frame.kind if chance.random() < 0.8 else chance.randint(1, 255)
-    return b"".join(encode_frame(kind, meta, payload))
-
-
 def test_garbage_frames_are_valid_or_refused() -> None:
     chance = random.Random(20_000)
     valid = 0
@@ -109,9 +65,9 @@ def test_garbage_frames_are_valid_or_refused() -> None:
             case 0:
                 data = chance.randbytes(chance.randrange(200))
             case 1:
-                data = mutated(chance, chance.choice(SEEDS))
+                data = mutated(chance, chance.choice(WIRE_SEEDS))
             case 2:
-                data = resealed(chance, chance.choice(SEEDS))
+                data = resealed(chance, chance.choice(WIRE_SEEDS))
             case _:
                 meta = chance.randbytes(chance.randrange(60))
                 data = b"".join(encode_frame(chance.randint(1, 40), meta, chance.randbytes(4)))
@@ -125,7 +81,7 @@ def test_garbage_into_a_connection_only_ever_closes_it() -> None:
     for _ in range(2000):
         connection = Connection(Role.LISTENER, 0.0, name="a", device_id="b", software="c")
         for _ in range(4):
-            data = chance.choice(SEEDS)
+            data = chance.choice(WIRE_SEEDS)
             if chance.random() < 0.5:
                 data = resealed(chance, data) if chance.random() < 0.7 else mutated(chance, data)
             events = connection.receive(data, 0.0)
@@ -135,7 +91,7 @@ def test_garbage_into_a_connection_only_ever_closes_it() -> None:
                 assert isinstance(closed[0].reason, RemoteProtocolError) or (
                     closed[0].reason is not None and connection.peer is None
                 )
-                assert connection.receive(SEEDS[1], 0.0) == []
+                assert connection.receive(WIRE_SEEDS[1], 0.0) == []
                 break
 
 
@@ -207,13 +163,13 @@ def test_an_announced_length_alone_takes_no_memory() -> None:
 
 
 def test_every_truncation_of_every_seed_waits_or_is_refused() -> None:
-    for data in SEEDS:
+    for data in WIRE_SEEDS:
         for end in range(len(data)):
             assert FrameDecoder(LIMITS).feed(data[:end]) == []
 
 
 def test_every_truncated_meta_is_refused() -> None:
-    for data in SEEDS:
+    for data in WIRE_SEEDS:
         (frame,) = FrameDecoder(LIMITS).feed(data)
         for end in range(len(frame.meta)):
             cut = Frame(frame.kind, frame.meta[:end], frame.payload, frame.raw)

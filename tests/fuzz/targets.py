@@ -1,0 +1,133 @@
+"""The fuzz targets: everything that parses bytes from elsewhere. ``scripts/fuzz`` runs them long,
+``test_fuzz_targets`` short.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgellm.errors import EdgeError, ModelFileError, RemoteProtocolError
+from edgellm.modelfile import legal_boundaries, open_model, read_card, shard_recipe
+from edgellm.modelfile.manifest import (
+    HASH_BYTES,
+    ShardManifest,
+    TensorDigest,
+    shard_manifest,
+)
+from edgellm.types import Activations, EngineSettings, LayerSpan
+from edgellm.wire import messages as m
+from edgellm.wire.connection import Closed, Connection, Role
+from edgellm.wire.frames import FrameDecoder, encode_frame
+from tests.fuzz.driver import Target, mutated
+from tests.tinymodels import write_tiny_model
+
+LIMITS = dict.fromkeys(range(1, 256), 4096)
+MODELS = ("llama", "gemma2", "lfm2")
+
+WIRE_SEEDS = tuple(
+    b"".join(m.encode(message))
+    for message in (
+        m.Hello(m.PROTOCOL, "a", "b", "c"),
+        m.Ping(7),
+        m.ErrorReport(1, 2, {"code": "x", "message": "y"}),
+        m.StageReady(1, 0, 5, {"load": 0.5}),
+        m.OpenSequence(1, 2, {"seed": 1, "logit_bias": ((1, 0.5),)}, 9.0, False, 0, bytes(8)),
+        m.Step(1, (m.Row(1, 2, 2, True),), bytes(8)),
+        m.Hidden(1, (m.Row(1, 2, 1, True),), 8, Activations.FLOAT16, bytes(18)),
+        m.Tokens(1, (m.Result(1, 2, 3),)),
+        m.StartEngine({"a": {"b": (1, 2.5, None)}}),
+    )
+)
+"""A frame of each shape that there is."""
+
+
+# --- frames and messages --------------------------------------------------------------
+
+
+def resealed(chance: random.Random, data: bytes) -> bytes:
+    """A mutation behind a right checksum and right lengths: the part that parsers must survive."""
+    (frame,) = FrameDecoder(LIMITS).feed(data)
+    meta = mutated(chance, frame.meta, frame.meta)
+    payload = bytes(frame.payload)
+    if chance.random() < 0.3:
+        payload = chance.randbytes(chance.randrange(40))
+    kind = frame.kind if chance.random() < 0.8 else chance.randint(1, 255)
+    return b"".join(encode_frame(kind, meta, payload))
+
+
+def _feed_wire(data: bytes, folder: Path) -> bool:
+    valid = False
+    try:
+        for frame in FrameDecoder(LIMITS).feed(data):
+            m.decode(frame, m.LOCAL_KINDS)
+            valid = True
+    except RemoteProtocolError:
+        return False
+    return valid
+
+
+def _feed_connection(data: bytes, folder: Path) -> bool:
+    """Behind a greeting, as a paired peer could send it."""
+    connection = Connection(
+        Role.LISTENER, 0.0, name="a", device_id="b", software="c", payload_limits=LIMITS
+    )
+    events = connection.receive(WIRE_SEEDS[0], 0.0) + connection.receive(data, 0.0)
+    closed = [event for event in events if isinstance(event, Closed)]
+    if len(closed) > 1:
+        raise AssertionError("a connection closed twice")
+    if closed and not isinstance(closed[0].reason, EdgeError):
+        raise AssertionError("a connection closed without a reason")
+    return not closed
+
+
+# --- files ----------------------------------------------------------------------------
+
+
+def _models(folder: Path) -> list[bytes]:
+    return [write_tiny_model(name, folder).read_bytes() for name in MODELS]
+
+
+def _feed_gguf(data: bytes, folder: Path) -> bool:
+    """Everything that happens with a file before native code sees it."""
+    path = folder / "fuzzed.gguf"
+    path.write_bytes(data)
+    try:
+        model = open_model(path)
+        card = read_card(model)
+        for boundary in legal_boundaries(model)[:2]:
+            for span in (LayerSpan(0, boundary), LayerSpan(boundary, model.layers)):
+                shard_recipe(model, span).header()
+                card.stage_memory(span, EngineSettings())
+    except EdgeError:
+        return False
+    return True
+
+
+def _manifests(folder: Path) -> Sequence[bytes]:
+    model = open_model(write_tiny_model("llama", folder))
+    recipe = shard_recipe(model, LayerSpan(0, 2))
+    digests = {
+        name: TensorDigest(model.tensor(name).info.nbytes, bytes(HASH_BYTES))
+        for name in recipe.sources
+    }
+    return [shard_manifest(recipe, digests).encode()]
+
+
+def _feed_manifest(data: bytes, folder: Path) -> bool:
+    try:
+        manifest = ShardManifest.decode(data)
+    except ModelFileError:
+        return False
+    if manifest.encode() != data:
+        raise AssertionError("two encodings of one manifest")
+    return True
+
+
+TARGETS = (
+    Target("wire", lambda folder: WIRE_SEEDS, _feed_wire, resealed, seconds=0.1),
+    Target("connection", lambda folder: WIRE_SEEDS[1:-1], _feed_connection, resealed, seconds=0.1),
+    Target("gguf", _models, _feed_gguf),
+    Target("manifest", _manifests, _feed_manifest, seconds=0.5),
+)
