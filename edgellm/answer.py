@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgellm.errors import UsageError
 from edgellm.figures import Figures
-from edgellm.runtime.pipeline import MadeToken
+from edgellm.runtime.requests import MadeToken, Recovery
 from edgellm.types import (
     Activations,
     EngineSettings,
@@ -46,6 +46,8 @@ class LoadOptions:
     threads: int = 0
     """Of each stage; 0: what each device says."""
     weights: Weights = Weights.AUTO
+    recover: bool = True
+    """When a device is lost, go on over those that are left. Without it, answers end."""
 
     def settings(self, context_train: int) -> EngineSettings:
         mode = Mode.REFERENCE if self.exact else Mode.NORMAL
@@ -103,6 +105,8 @@ class Completion:
     """What loading each stage took: ``PART_s`` seconds, and bytes by where they came from."""
     logits: tuple[NDArray[np.float32], ...] = ()
     """float32 [vocabulary] a token, where they were asked for."""
+    recoveries: tuple[Recovery, ...] = ()
+    """How it went on after devices were lost, in order; figures are those of the last plan."""
 
     def to_dict(self) -> dict[str, Any]:
         """What ``chat --json`` prints."""
@@ -118,6 +122,7 @@ class Completion:
             ],
             "timings": {"load_s": round(self.load_s, 4), **self.figures.timings()},
             "wire": self.figures.wire(),
+            "recoveries": [recovery.to_dict() for recovery in self.recoveries],
         }
 
 

@@ -18,45 +18,41 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from edgellm import planner
-from edgellm.answer import DEFAULT_CHUNK, Completion, GenerateOptions, LoadOptions, Piece
+from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
 from edgellm.discovery.addresses import parse_address
-from edgellm.errors import EdgeError, NoPlanError, PeerLostError
+from edgellm.discovery.base import Sighting
+from edgellm.errors import EdgeError, PeerLostError
+from edgellm.identity import TrustStore
 from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
 from edgellm.modelref import OpenedModel, demo_model, open_reference
-from edgellm.node import MEASURING, SOFTWARE, Node
-from edgellm.planner import (
-    DeviceOffer,
-    DeviceSpeed,
-    Explained,
-    Links,
-    Situation,
-    Workload,
-    parse_stages,
-    plan_as_asked,
-    plan_for,
+from edgellm.node import SOFTWARE, Node, credentials_of, usual_listen
+from edgellm.planner import DeviceOffer, Explained
+from edgellm.planning import (
+    THIS_DEVICE,
+    Replanning,
+    explain,
+    offers_of,
+    plan_over,
+    share_of,
+    situation_of,
 )
-from edgellm.probe import DeviceFigures
-from edgellm.runtime.coordinator import Coordinator, Progress, new_epoch
+from edgellm.runtime.coordinator import ATTENTIVE, Coordinator, Progress
+from edgellm.runtime.offer import MEASURING
 from edgellm.runtime.peers import Link, ModelSource, Peer
+from edgellm.runtime.recovery import LastingPipeline
 from edgellm.runtime.session import Introduction
-from edgellm.runtime.shares import Share, share_model
-from edgellm.scheduler.generation import prompt_chunk
 from edgellm.settings import NodeSettings, default_home, is_name
 from edgellm.store.digests import TensorDigests
 from edgellm.store.home import HomeBusyError
 from edgellm.transport.base import Transport
-from edgellm.transport.tcp import TcpTransport
-from edgellm.types import (
-    DeviceId,
-    Plan,
-)
-from edgellm.wire.messages import DeviceInfo, LoadProgress, PeerAddress
+from edgellm.transport.secure import SecureTransport
+from edgellm.types import Plan
+from edgellm.wire.connection import NO_HEARTBEATS
+from edgellm.wire.messages import PeerAddress
 
 __all__ = [
     "Answer",
@@ -68,11 +64,11 @@ __all__ = [
     "Messages",
     "Piece",
     "Prompt",
+    "explain",
     "parse_address",
     "plan_over",
 ]
 
-THIS_DEVICE = "this device"
 DISCOVERY_WAIT_S = 2.0
 """How long to look for devices before going on with those that were found."""
 QUIET_S = 0.7
@@ -80,29 +76,6 @@ QUIET_S = 0.7
 LOOK_EVERY_S = 0.05
 MEASURE_WAIT_S = 5.0
 """How long a plan waits for devices that are measuring themselves."""
-
-
-def explain(
-    opened: OpenedModel,
-    offers: Sequence[DeviceOffer],
-    options: LoadOptions,
-    situation: Situation | None = None,
-) -> Explained:
-    """The plan for a model over what devices offer, with its reasons and what it will take. Pure.
-
-    Raises SplitError or NoPlanError.
-    """
-    settings = options.settings(opened.context_train)
-    epoch = new_epoch()
-    if options.stages is not None:
-        stages = parse_stages(options.stages)
-        return plan_as_asked(opened.card, offers, stages, settings, epoch, situation)
-    return plan_for(opened.card, offers, settings, epoch, situation, use_all=options.use_all)
-
-
-def plan_over(opened: OpenedModel, offers: Sequence[DeviceOffer], options: LoadOptions) -> Plan:
-    """The plan alone, where neither devices nor links were measured."""
-    return explain(opened, offers, options).plan
 
 
 class Cluster:
@@ -128,7 +101,7 @@ class Cluster:
         ``peers`` must be there (PeerLostError); others that are found within ``wait_s`` seconds are
         welcome. ``local`` says how this device takes part; by default with all it has.
         """
-        local = local or NodeSettings(name=device_name(), home=default_home(), discovery=True)
+        local = local or _this_device()
         async with cls.connect(peers, local=local) as cluster:
             await cluster.find(wait_s if local.discovery else 0.0)
             yield cluster
@@ -140,19 +113,29 @@ class Cluster:
         peers: Sequence[str] = (),
         *,
         local: NodeSettings | None = None,
+        home: Path | None = None,
         transport: Transport | None = None,
         node: Node | None = None,
     ) -> AsyncIterator[Cluster]:
         """Connect to ``HOST:PORT`` peers and, with ``local``, to a node of our own.
 
-        Raises UsageError for a malformed address, PeerLostError for a device that is not there.
+        Without a node we are the device of ``home`` to the others: it must be paired with them. A
+        ``transport`` of one's own proves nobody's identity. Raises UsageError for a malformed
+        address, PeerLostError for a device that is not there, NotPairedError for one that is not
+        of our cluster.
         """
         addresses = [parse_address(peer) for peer in peers]
-        transport = transport or TcpTransport()
         name = local.name if local else COORDINATOR_NAME
         own = node or (Node(local, transport=transport) if local else None)
-        device_id = own.device_id if own else "0" * 64
-        coordinator = Coordinator(transport, Introduction(name, device_id, SOFTWARE))
+        if own is not None:
+            device_id = own.device_id
+            transport = transport or own.transport
+        else:
+            trust = TrustStore(home or default_home())
+            device_id = trust.identity.device_id
+            transport = transport or SecureTransport(credentials_of(trust))
+        timeouts = ATTENTIVE if local is None or local.secure else NO_HEARTBEATS
+        coordinator = Coordinator(transport, Introduction(name, device_id, SOFTWARE), timeouts)
         async with contextlib.AsyncExitStack() as stack:
             if local is not None:
                 cache = local.home / "cache"
@@ -212,9 +195,29 @@ class Cluster:
                 found.setdefault(peer.device_id, []).append((peer.host, peer.port))
         return found
 
+    async def members(self) -> tuple[dict[str, Any], ...]:
+        """The devices of the cluster, there or not, as this device's node has seen them since it
+        started, each as plain data: see ``cluster.facts``. Empty where no node is ours."""
+        if self._own is not None:
+            return self._own.membership.seen()
+        here = next((peer for peer in self.devices() if peer.how == THIS_DEVICE), None)
+        return () if here is None else await self._coordinator.questions.members(here.session)
+
+    def strangers(self) -> tuple[Sighting, ...]:
+        """Devices that our own node sees on its networks and that are not paired with us. Empty
+        where the node is another process's."""
+        return () if self._own is None else self._own.neighbours.strangers()
+
     async def _join(self, device_id: str, addresses: Sequence[tuple[str, int]]) -> None:
         with contextlib.suppress(EdgeError):  # it was there a moment ago; it may be gone
             await self._coordinator.connect_to(device_id, addresses, how="found")
+
+    async def include(self, address: str) -> Peer:
+        """Connect to one more device, at ``HOST:PORT``; nothing new if it is connected already.
+
+        Raises UsageError for a malformed address, PeerLostError, NotPairedError.
+        """
+        return await self._coordinator.connect(*parse_address(address), how="told")
 
     def devices(self) -> list[Peer]:
         """Connected devices, in the order they were connected."""
@@ -266,16 +269,7 @@ class Cluster:
 
     def offers(self, engine: str) -> list[DeviceOffer]:
         """What the devices that have ``engine`` offer to a plan. Raises NoPlanError without any."""
-        infos = [peer.info for peer in self.devices() if engine in peer.info.engines]
-        if not infos:
-            raise NoPlanError(
-                f"no connected device has the engine {engine!r}.",
-                hint="Install it on at least one: pip install 'edgellm[llama]'.",
-            )
-        return [
-            DeviceOffer(info.name, DeviceId(info.device_id), info.memory_free, speed_of(info))
-            for info in infos
-        ]
+        return offers_of([peer.info for peer in self.devices()], engine)
 
     async def plan(
         self, model: str | OpenedModel | None = None, options: LoadOptions | None = None
@@ -287,18 +281,8 @@ class Cluster:
         """
         opened = await self._opened(model)
         await self.refreshed(MEASURE_WAIT_S)
-        links = await self.links()
-        ids = {peer.info.name: DeviceId(peer.info.device_id) for peer in self.devices()}
-        known = {
-            (ids[link.source], ids[link.target]): planner.Link(link.round_trip_s, link.bytes_per_s)
-            for link in links
-            if not link.problem and link.bytes_per_s > 0 and {link.source, link.target} <= set(ids)
-        }
-        here = next((p.info.device_id for p in self.devices() if p.how == THIS_DEVICE), None)
-        workload = Workload(chunk=prompt_chunk(Workload().prompt_tokens, DEFAULT_CHUNK))
-        situation = Situation(
-            Links(MappingProxyType(known)), workload, None if here is None else DeviceId(here)
-        )
+        await self.links()
+        situation = situation_of(self.devices(), self._links)
         options = options or LoadOptions()
         return explain(opened, self.offers(opened.engine), options, situation)
 
@@ -317,61 +301,44 @@ class Cluster:
         *,
         plan: Plan | None = None,
         progress: Progress | None = None,
+        told: Callable[[str], None] | None = None,
     ) -> AsyncIterator[LoadedModel]:
-        """Plan (unless given a plan), load, and free it again on leaving."""
+        """Plan (unless given a plan), load, and free it again on leaving.
+
+        While it is loaded, a device that is lost is planned around, with the same options (but
+        with the plan's own settings); ``told`` hears of that in words.
+        """
         started = time.perf_counter()
+        options = options or LoadOptions()
         opened = await self._opened(model)
         plan = plan or (await self.plan(opened, options)).plan
         source = ModelSource(
             opened.engine, opened.name, opened.path, opened.digest, opened.width, opened.vocab
         )
+        replanning = Replanning(self._coordinator, opened, options, self._digests, self._links)
         text = await opened.text()
         pieces = asyncio.create_task(text.preload())
         try:
             vocabulary = await text.info()
-            share = await self._share(opened, plan, progress)
+            share = await share_of(self._coordinator, opened, plan, self._digests, progress)
             pipeline = await self._coordinator.load(plan, source, progress, share)
+            lasting = LastingPipeline(
+                self._coordinator,
+                pipeline,
+                source,
+                replanning if options.recover else None,
+                told or (lambda words: None),
+            )
             try:
                 await pieces
                 load_s = time.perf_counter() - started
-                yield LoadedModel(opened, pipeline, text, vocabulary, load_s)
+                yield LoadedModel(opened, lasting, text, vocabulary, load_s)
             finally:
-                self._coordinator.unload(pipeline)
+                await lasting.close()
         finally:
             pieces.cancel()
             await asyncio.gather(pieces, return_exceptions=True)
             await text.stop()
-
-    async def _share(
-        self, opened: OpenedModel, plan: Plan, progress: Progress | None
-    ) -> Share | None:
-        """What the devices of a plan may have to fetch from us; None where nobody has to."""
-        if opened.model is None:
-            return None
-        peers = self._coordinator.peers
-        if len(plan.stages) == 1 and peers[plan.stages[0].device].session.local:
-            return None  # it reads the model's own file
-        loop = asyncio.get_running_loop()
-
-        def hashed(done: int, total: int) -> None:  # called in a thread
-            if progress is not None:
-                message = LoadProgress(plan.epoch, 0, "hash", done, total)
-                loop.call_soon_threadsafe(progress, plan.stages[0].device, message)
-
-        spans = [stage.span for stage in plan.stages]
-        return await share_model(opened.model, spans, self._digests, hashed)
-
-
-def speed_of(info: DeviceInfo) -> DeviceSpeed | None:
-    """How fast a device says that it is; None where it did not measure itself."""
-    figures = DeviceFigures.from_plain(info.figures)
-    if not figures.decode_bytes_per_s or not figures.prefill_flops_per_s:
-        return None
-    return DeviceSpeed(
-        figures.decode_bytes_per_s,
-        figures.prefill_flops_per_s,
-        figures.step_overhead_s or 0.0,
-    )
 
 
 def _names(pair: tuple[Peer, Peer]) -> tuple[str, str]:
@@ -382,6 +349,12 @@ async def _end(coordinator: Coordinator, own: Node | None) -> None:
     await coordinator.close()
     if own is not None:
         await own.close()
+
+
+def _this_device() -> NodeSettings:
+    """With all it has, for those that it is paired with."""
+    home = default_home()
+    return NodeSettings(device_name(), home, listen=usual_listen(home), discovery=True)
 
 
 def device_name() -> str:

@@ -89,7 +89,7 @@ class PeerLostError(DeviceError):
     code = "peer_lost"
 
 
-class NotPairedError(DeviceError):
+class NotPairedError(PeerLostError):
     """A device does not belong to our cluster, or we do not belong to its."""
 
     code = "not_paired"

@@ -37,10 +37,23 @@ class Snapshot:
             returned_bytes=pipeline.returned_bytes,
         )
 
+    @classmethod
+    def at_load(cls, pipeline: Pipeline) -> Snapshot:
+        """The counters when this pipeline was about to be used."""
+        return cls(
+            stages=pipeline.counters,
+            sent=tuple((each.sent_bytes, each.sent_messages) for each in pipeline.began),
+            received=tuple(
+                (each.received_bytes, each.received_messages) for each in pipeline.began
+            ),
+            returned_bytes=0,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one answer."""
+    """The figures of one answer; of its last plan, where it had several. Tokens and their times
+    are those of the whole answer."""
 
     plan: Plan
     coordinator: str

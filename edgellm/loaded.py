@@ -19,7 +19,9 @@ from edgellm.engine.textstream import IncrementalDecoder, StopMatcher
 from edgellm.errors import DeadlineError, EdgeError, UsageError
 from edgellm.figures import Figures, Snapshot
 from edgellm.modelref import OpenedModel, Text
-from edgellm.runtime.pipeline import MadeToken, Pipeline, Request, Running
+from edgellm.runtime.pipeline import Pipeline
+from edgellm.runtime.recovery import LastingPipeline
+from edgellm.runtime.requests import MadeToken, Recovery, Request, Running
 from edgellm.types import FinishReason, Plan
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
@@ -36,16 +38,21 @@ class LoadedModel:
     def __init__(
         self,
         opened: OpenedModel,
-        pipeline: Pipeline,
+        lasting: LastingPipeline,
         text: Text,
         vocabulary: VocabularyInfo,
         load_s: float,
     ) -> None:
         self.opened = opened
-        self.pipeline = pipeline
+        self.lasting = lasting
         self.load_s = load_s
         self._text = text
         self._vocabulary = vocabulary
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """That of the moment: another one after a device was lost."""
+        return self.lasting.pipeline
 
     @property
     def plan(self) -> Plan:
@@ -120,26 +127,33 @@ class Answer:
         self._made: list[MadeToken] = []
         self._finish = FinishReason.CANCELLED
         self._figures: Figures | None = None
+        self._recoveries: list[Recovery] = []
+        self._loads: tuple[dict[str, float], ...] = ()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
-        pipeline, clock = self._model.pipeline, time.perf_counter
+        clock = time.perf_counter
         asked = clock()
         try:
             async with asyncio.timeout(self._options.deadline_s):
                 request = await self._model.request(self._prompt, self._options)
-                before = await Snapshot.take(pipeline)
+                first, before = await _before(self._model.lasting)
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the request began.") from error
         started = clock()
         request = replace(request, spent_s=started - asked)
-        async with pipeline.run(request) as running:
+        async with self._model.lasting.run(request) as running:
+            self._recoveries = running.recoveries
             async for piece in self._read(running):
                 self._texts.append(piece.text)
                 if piece.made is not None:
                     self._made.append(piece.made)
                 yield piece
+            pipeline = self._model.pipeline
         self._finish = running.finish or FinishReason.CANCELLED
+        if pipeline is not first:
+            before = Snapshot.at_load(pipeline)
+        self._loads = pipeline.loads
         self._figures = Figures(
             plan=pipeline.plan,
             coordinator=COORDINATOR_NAME,
@@ -148,6 +162,21 @@ class Answer:
             before=before,
             after=await _after(pipeline, before),
         )
+
+    @property
+    def recoveries(self) -> tuple[Recovery, ...]:
+        """How it went on so far after devices were lost."""
+        return tuple(self._recoveries)
+
+    @property
+    def text(self) -> str:
+        """What came so far; also where it ended with an error."""
+        return "".join(self._texts)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The same as tokens."""
+        return tuple(made.token for made in self._made)
 
     async def _read(self, running: Running) -> AsyncGenerator[Piece, None]:
         decoder, matcher = IncrementalDecoder(), StopMatcher(self._options.stop)
@@ -166,15 +195,28 @@ class Answer:
         if self._figures is None:
             raise UsageError("the answer is not complete yet.")
         return Completion(
-            text="".join(self._texts),
-            tokens=tuple(made.token for made in self._made),
+            text=self.text,
+            tokens=self.tokens,
             logits=tuple(made.logits for made in self._made if made.logits is not None),
             finish_reason=self._finish,
-            plan=self._model.plan,
+            plan=self._figures.plan,
             figures=self._figures,
             load_s=self._model.load_s,
-            loads=self._model.pipeline.loads,
+            loads=self._loads,
+            recoveries=self.recoveries,
         )
+
+
+async def _before(lasting: LastingPipeline) -> tuple[Pipeline, Snapshot]:
+    """The pipeline as soon as it can take a request, and its counters then."""
+    while True:
+        pipeline = await lasting.ready()
+        try:
+            return pipeline, await Snapshot.take(pipeline)
+        except EdgeError:
+            if pipeline.failed is None:
+                raise
+        await asyncio.sleep(0)  # lost just now: wait for the next one, or for why there is none
 
 
 async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:

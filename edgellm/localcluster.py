@@ -1,7 +1,8 @@
 """Several real node processes on this machine, for ``demo``, the bench and the tests.
 
 Each is ``edgellm join`` with a home of its own below one temporary folder. They end with us,
-even when we are killed: a node started here leaves when its standard input closes.
+even when we are killed: a node started here leaves when its standard input closes. Whoever may
+write their homes needs no code to pair them: ``pair_homes`` makes them one cluster.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import string
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgellm.errors import DeviceError, UsageError
+from edgellm.identity import TrustStore
+from edgellm.loaded import COORDINATOR_NAME
 from edgellm.settings import NodeSettings, figures_folder
 
 START_WITHIN_S = 30.0
@@ -43,6 +46,8 @@ class LocalDevice:
     """Whether it measures its speed, unless that is known."""
     home: Path | None = None
     """None: a folder that does not outlive it."""
+    secure: bool = True
+    """False for all devices of a cluster measures what encryption costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,32 @@ class LocalNode:
     address: str
     """``HOST:PORT``."""
     process: asyncio.subprocess.Process
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """Nodes that run, and a device that is paired with them: whoever asks them something is it."""
+
+    nodes: list[LocalNode]
+    home: Path
+    """Of that device."""
+    own: NodeSettings | None
+    """For a node of it in this process, where one was asked for."""
+    _start: Callable[[LocalDevice], Awaitable[LocalNode]]
+
+    @property
+    def addresses(self) -> list[str]:
+        return [node.address for node in self.nodes]
+
+    def node(self, name: str) -> LocalNode:
+        """The one with this device's name; the latest, where it was started again."""
+        return next(node for node in self.nodes if node.device.name == name)
+
+    async def start_again(self, name: str) -> None:
+        """Start the node of a device whose process has ended, with the home that it had: it must
+        have one of its own."""
+        ended = self.node(name)
+        self.nodes[self.nodes.index(ended)] = await self._start(ended.device)
 
 
 def our_processors() -> tuple[int, ...]:
@@ -106,32 +137,65 @@ def aside(devices: Sequence[LocalDevice]) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
+def pair_homes(names: Mapping[Path, str]) -> None:
+    """Make the devices of these home folders one cluster, without codes: for who may write them
+    all. ``names`` are what they are called.
+
+    Homes that are paired already stay so. Raises PairingError where two of them belong to different
+    clusters, DeviceError for a home that cannot be used.
+    """
+    stores = {TrustStore(home): name for home, name in names.items()}
+    first = next((store for store in stores if store.cluster_id), next(iter(stores)))
+    first.found(stores[first])
+    for store, name in stores.items():
+        if store is not first and not first.members.trusted(store.identity.device_id):
+            first.add(store.identity.device_id, name, store.identity.certificate)
+    for store in stores:
+        if store is not first:
+            store.adopt(first.cluster_id, first.members)
+
+
 @contextlib.asynccontextmanager
-async def local_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[list[LocalNode]]:
-    """Start the nodes, yield them, end them; no process and no file stays behind."""
+async def local_cluster(
+    devices: Sequence[LocalDevice], own: LocalDevice | None = None
+) -> AsyncIterator[LocalCluster]:
+    """Start the nodes, yield them, end them; no process and no file stays behind. ``own`` is a
+    device whose node this process may run itself; it is one of the cluster too."""
     with tempfile.TemporaryDirectory(prefix="edgellm-") as folder:
+        homes = [device.home or Path(folder) / device.name for device in devices]
+        ours = (own and own.home) or Path(folder) / COORDINATOR_NAME
+        secure = all(device.secure for device in (*devices, *filter(None, (own,))))
+        if secure:
+            names = {home: device.name for home, device in zip(homes, devices, strict=True)}
+            names[ours] = own.name if own else COORDINATOR_NAME
+            await asyncio.to_thread(pair_homes, names)
         started: list[asyncio.subprocess.Process] = []
+        known = dict(zip(devices, homes, strict=True))
+
+        async def start(device: LocalDevice) -> LocalNode:
+            started.append(await _spawn(device, known[device], secure))
+            return (await _addressed([device], started[-1:]))[0]
+
         try:
-            for device in devices:
-                home = device.home or Path(folder) / device.name
-                started.append(await _spawn(device, home))
-            yield await _addressed(devices, started)
+            for device, home in known.items():
+                started.append(await _spawn(device, home, secure))
+            nodes = await _addressed(devices, started)
+            settings = _settings_of(own, ours, secure) if own else None
+            yield LocalCluster(nodes, ours, settings, start)
         finally:
             await asyncio.shield(_stop_all(started))
 
 
-@contextlib.asynccontextmanager
-async def own_node(device: LocalDevice) -> AsyncIterator[NodeSettings]:
-    """Settings for a node of this process with a home that does not outlive it."""
-    with tempfile.TemporaryDirectory(prefix="edgellm-") as home:
-        yield NodeSettings(
-            name=device.name,
-            home=Path(home),
-            memory_bytes=device.memory_bytes,
-            threads=device.threads,
-            pin=device.pin,
-            probe=figures_folder() if device.probe else None,
-        )
+def _settings_of(device: LocalDevice, home: Path, secure: bool) -> NodeSettings:
+    return NodeSettings(
+        name=device.name,
+        home=home,
+        memory_bytes=device.memory_bytes,
+        threads=device.threads,
+        pin=device.pin,
+        probe=figures_folder() if device.probe else None,
+        secure=secure,
+    )
 
 
 async def _addressed(
@@ -145,7 +209,7 @@ async def _addressed(
     return list(map(LocalNode, devices, addresses, started))
 
 
-async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
+async def _spawn(device: LocalDevice, home: Path, secure: bool) -> asyncio.subprocess.Process:
     command = [
         sys.executable, "-m", "edgellm", "join", "--json", "--until-stdin-closes",
         "--name", device.name, "--home", str(home), "--listen", "127.0.0.1", "--port", "0",
@@ -153,6 +217,7 @@ async def _spawn(device: LocalDevice, home: Path) -> asyncio.subprocess.Process:
     ]  # fmt: skip
     command.append("--discovery" if device.discovery else "--no-discovery")
     command.append("--probe" if device.probe else "--no-probe")
+    command.append("--secure" if secure else "--insecure")
     for peer in device.peers:
         command += ["--peer", peer]
     if device.pin:

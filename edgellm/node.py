@@ -6,24 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import os
-import secrets
-import shutil
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import psutil
-
 from edgellm import __version__
-from edgellm.discovery.addresses import (
-    ANY,
-    LOOPBACK_OF,
-    Address,
-    format_address,
-    own_addresses,
-    split_scope,
-)
+from edgellm.discovery.addresses import Address, format_address, own_addresses
 from edgellm.discovery.base import Announcement, Discovery
 from edgellm.discovery.directory import State
 from edgellm.discovery.interfaces import machine_interfaces
@@ -31,33 +19,36 @@ from edgellm.discovery.known import KnownDevices
 from edgellm.discovery.mdns import MdnsDiscovery
 from edgellm.discovery.static import StaticDiscovery
 from edgellm.engine.host import HostFactory, ProcessStage, StageHost
-from edgellm.errors import DeviceError, PeerLostError, UsageError
-from edgellm.probe import DeviceFigures, device_figures
+from edgellm.errors import DeviceError
+from edgellm.identity import TrustStore, next_boot
+from edgellm.identity.tls import Credentials
+from edgellm.runtime.desk import PairingDesk
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.hosted import StageParts
+from edgellm.runtime.introductions import Introductions
+from edgellm.runtime.leaving import LEAVE_WITHIN_S, say_goodbye
+from edgellm.runtime.listening import listen, near_address
+from edgellm.runtime.membership import NODE_TIMEOUTS, Membership
 from edgellm.runtime.neighbours import Event, Neighbours
+from edgellm.runtime.offer import Offer, disk_for
 from edgellm.runtime.reach import reach
-from edgellm.runtime.services import Services
+from edgellm.runtime.services import Services, Taker
 from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.worker import Worker
-from edgellm.settings import LOOPBACK, NodeSettings
+from edgellm.settings import ALL_NETWORKS, LOOPBACK, NodeSettings
 from edgellm.store.cache import ShardCache
 from edgellm.store.home import HomeLock
 from edgellm.transport.base import Listener, Stream, Transport
 from edgellm.transport.memory import MemoryNetwork
+from edgellm.transport.secure import SecureTransport
 from edgellm.transport.tcp import TcpTransport
-from edgellm.wire.messages import DeviceInfo, PeerAddress
+from edgellm.wire.connection import NO_HEARTBEATS
+from edgellm.wire.messages import PeerAddress
 
-__all__ = ["SOFTWARE", "Node", "format_address", "load_device_id", "process_stage"]
+__all__ = ["SOFTWARE", "Node", "credentials_of", "process_stage", "usual_listen"]
 
 SOFTWARE = f"edgellm {__version__}"
-MEASURING = "measuring"
-"""Among a device's figures while it is finding them out."""
-_ID_HEX_DIGITS = 64
 DIAL_WITHIN_S = 5.0
-_SAME_PORT_TRIES = 8
-_DISK_SHARE = 2
-"""Without a limit of its own a cache takes one half of what is free and its own."""
 
 
 async def process_stage(name: str) -> StageHost:
@@ -77,22 +68,44 @@ class Node:
         on_event: Callable[[Event], None] = lambda event: None,
         on_notice: Callable[[str], None] = lambda notice: None,
     ) -> None:
-        """``on_event`` hears of devices found and lost, ``on_notice`` what people should know."""
+        """``on_event`` hears of devices found and lost, ``on_notice`` what people should know. A
+        ``transport`` of one's own proves nobody's identity: everyone that it reaches is trusted.
+
+        Raises DeviceError where the home cannot be used.
+        """
         self.settings = settings
-        self._transport = transport or TcpTransport()
+        self.trust = TrustStore(settings.home)
+        self._secure = settings.secure and transport is None
+        self.transport = transport or self._usual_transport()
         self._start_host = start_host
         self._on_event = on_event
         self._on_notice = on_notice
-        self._me = Introduction(settings.name, load_device_id(settings.home), SOFTWARE)
+        self._me = Introduction(settings.name, self.trust.identity.device_id, SOFTWARE)
+        self._timeouts = NODE_TIMEOUTS if settings.secure else NO_HEARTBEATS
         self._sessions: set[Session] = set()
         self._worker: Worker | None = None
         self._neighbours: Neighbours | None = None
+        self._membership: Membership | None = None
+        self._introductions: Introductions | None = None
+        self._desk: PairingDesk | None = None
+        self.left = asyncio.Event()
+        """Set when this device's owner wants the node to hand over and end: see ``leave``."""
+        self._mdns: MdnsDiscovery | None = None
         self._listeners: list[Listener] = []
         self._address: Address | None = None
-        self._probe: asyncio.Task[None] | None = None
-        self._figures: dict[str, int | float] = {}
+        self._offer = Offer(settings, self.device_id, SOFTWARE, on_notice)
         self._lock = HomeLock(settings.home)
         self._inside = MemoryNetwork()
+
+    def _usual_transport(self) -> Transport:
+        if not self._secure:
+            return TcpTransport()
+        return SecureTransport(
+            credentials_of(self.trust), on_pairing=self._pair, on_refused=self._on_refused
+        )
+
+    def _on_refused(self, line: str) -> None:
+        self._on_notice(f"{line[:1].upper()}{line[1:]}.")
 
     @property
     def device_id(self) -> str:
@@ -118,32 +131,58 @@ class Node:
             raise DeviceError("the node is not started.", device=self.settings.name)
         return self._neighbours
 
+    @property
+    def membership(self) -> Membership:
+        """Who of the cluster is there; after ``start``."""
+        if self._membership is None:
+            raise DeviceError("the node is not started.", device=self.settings.name)
+        return self._membership
+
+    @property
+    def desk(self) -> PairingDesk:
+        """Where devices are let in; after ``start``."""
+        if self._desk is None:
+            raise DeviceError("the node is not started.", device=self.settings.name)
+        return self._desk
+
     async def start(self) -> None:
         """Listen, and begin to look for others. Raises PeerLostError when the address cannot be
         used, UsageError when it is not this machine's, HomeBusyError when another node has our
         home."""
         self._lock.acquire()
         try:
+            self._me = dataclasses.replace(self._me, boot=next_boot(self.settings.home))
+            self.trust.found(self.settings.name)
             self._worker = self._make_worker()
-            port = await self._listen()
-            self._address = own_addresses(self.settings.listen, port, machine_interfaces())[0]
-            self._lock.tell(format_address(*self._near_address(port)))
+            wanted = self.settings.listen
+            self._listeners = await listen(self.transport, wanted, self.settings.port, self._accept)
+            port = self._listeners[0].address[1]
+            self._address = own_addresses(wanted, port, machine_interfaces())[0]
+            self._lock.tell(format_address(*near_address(wanted, port)))
             inside = self._inside.transport("node")
             self._listeners.append(await inside.listen(*self._address, self._accept))
             await self.neighbours.start(self._ways(port))
         except BaseException:
             await self.close()
             raise
-        if self.settings.probe is not None:
-            self._figures = {MEASURING: 1}
-            self._probe = asyncio.create_task(self._measure(self.settings.probe))
+        self._offer.begin()
 
     def _make_worker(self) -> Worker:
         settings = self.settings
-        limit = settings.cache_bytes or _disk_for(settings.home)
+        limit = settings.cache_bytes or disk_for(settings.home)
         cache = ShardCache(settings.home / "cache", limit)
         cache.sweep()
         exchange = TensorExchange(cache)
+        self._introductions = Introductions(
+            self.trust, on_change=self._trust_changed, on_notice=self._on_notice
+        )
+        self._desk = PairingDesk(
+            self.trust,
+            settings.name,
+            on_inviting=self.announce_invitation,
+            on_notice=self._on_notice,
+            on_leave=self.left.set,
+        )
         self._neighbours = Neighbours(
             self._me.device_id,
             self._me.name,
@@ -151,8 +190,12 @@ class Node:
             own=self.addresses,
             remember=KnownDevices(settings.home),
             this_machine_only=not settings.exposed,
+            trusted=self._trusts,
             on_event=self._on_event,
+            on_failed=self._dial_failed,
         )
+        self._membership = Membership(self._me, self._neighbours, on_notice=self._on_notice)
+        self._expect_devices()
         parts = StageParts(
             device=settings.name,
             device_id=self._me.device_id,
@@ -162,10 +205,13 @@ class Node:
             dial=self._dial_device,
             threads=settings.threads,
             pin=settings.pin,
-            plain_weights=lambda: DeviceFigures.from_plain(self._figures).plain_weights,
+            plain_weights=lambda: self._offer.plain_weights,
         )
-        services = Services(exchange, self._dial_device, self._neighbours)
-        return Worker(parts, self.describe, self._allow_payloads, services)
+        takers: list[Taker] = [self._membership.take]
+        if self._secure:
+            takers += (self._introductions.take, self._desk.take)
+        services = Services(exchange, self._dial_device, self._neighbours, takers)
+        return Worker(parts, self._offer.describe, self._allow_payloads, services)
 
     def _ways(self, port: int) -> Sequence[Discovery]:
         settings = self.settings
@@ -173,49 +219,37 @@ class Node:
         if not settings.discovery:
             return (told,)
         me = Announcement(self._me.device_id, self._me.name, port)
-        mdns = MdnsDiscovery(settings.listen, me, on_problem=self._on_notice)
-        return (told, KnownDevices(settings.home), mdns)
-
-    async def _listen(self) -> int:
-        """The port that we now listen on, the same at each address."""
-        wanted, hosts = self.settings.listen, _hosts(self.settings.listen)
-        for last in range(_SAME_PORT_TRIES - 1, -1, -1):
-            port = self.settings.port
-            try:
-                for host in hosts:
-                    listener = await self._transport.listen(host, port, self._accept)
-                    self._listeners.append(listener)
-                    port = listener.address[1]
-            except PeerLostError:
-                if not _is_ours(wanted):
-                    raise UsageError(
-                        f"this machine has no address {wanted} to listen on.",
-                        hint=f"Use one of its own, {LOOPBACK}, or 0.0.0.0 for all networks.",
-                    ) from None
-                # The port that was free for one of two addresses need not be for the other.
-                if not self._listeners or self.settings.port or not last:
-                    raise
-                while self._listeners:
-                    await self._listeners.pop().close()
-            else:
-                return port
-        raise AssertionError("the last try returns or raises")
-
-    def _near_address(self, port: int) -> Address:
-        """Where others on this machine are to connect: over loopback if that is possible, so that
-        both sides know that they share a disk."""
-        versions = ANY.get(self.settings.listen)
-        return self.address if versions is None else (LOOPBACK_OF[versions[0]], port)
+        self._mdns = MdnsDiscovery(settings.listen, me, on_problem=self._on_notice)
+        return (told, KnownDevices(settings.home), self._mdns)
 
     def direct(self) -> Transport:
         """A way to this node from inside its own process, without the kernel between."""
         return self._inside.transport("inside")
 
+    async def leave(self, within_s: float = LEAVE_WITHIN_S) -> None:
+        """Take no new stages, tell everyone, and wait until others have what is computed here, or
+        time is up. ``close`` is then due."""
+        worker = self._worker
+        if worker is None:
+            return
+        worker.refuse_stages()
+        if worker.stage_count:
+            self._on_notice(f"Handing over what this device computes; {within_s:.0f} s at most.")
+        reason = "it was told to leave"
+        await say_goodbye(
+            self._sessions, lambda: worker.stage_count, reason=reason, within_s=within_s
+        )
+
     async def close(self) -> None:
         """Stop listening, end all stages, hang up."""
-        if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+        if self._desk is not None:
+            self._desk.close()
+        await self._offer.close()
+        if self._membership is not None:
+            self._membership.goodbye("it was stopped")
+            self._membership.close()
+        if self._introductions is not None:
+            await self._introductions.close()
         if self._neighbours is not None:
             await self._neighbours.close()
         while self._listeners:
@@ -226,46 +260,23 @@ class Node:
             await session.close()
         self._lock.release()
 
-    async def _measure(self, folder: Path) -> None:
-        """Find out what this device can do: known from before, or measured now, for seconds."""
-        threads = self.settings.threads or os.cpu_count() or 1
-        found = await device_figures(folder, threads=threads, pin=self.settings.pin)
-        self._figures = {}
-        if found.figures is None:
-            self._on_notice(f"This device's speed is not known: {found.reason}")
-        else:
-            self._figures = dict(found.figures.to_plain())
-
-    def describe(self) -> DeviceInfo:
-        """What this device offers now."""
-        free = psutil.virtual_memory().available
-        within = _cgroup_free()
-        if within is not None:
-            free = min(free, within)
-        offered = self.settings.memory_bytes or free
-        engines = ["stub"]
-        if importlib.util.find_spec("llama_cpp") is not None:
-            engines.append("llama")
-        return DeviceInfo(
-            name=self.settings.name,
-            device_id=self._me.device_id,
-            memory_total=offered,
-            memory_free=min(offered, free),
-            cores=self.settings.threads or os.cpu_count() or 1,
-            software=SOFTWARE,
-            engines=tuple(engines),
-            figures=self._figures,
-        )
-
     async def _accept(self, stream: Stream) -> None:
         if self._worker is not None:
-            await Session.accept(stream, self._me, self._worker, on_open=self._register)
+            await Session.accept(
+                stream, self._me, self._worker, timeouts=self._timeouts, on_open=self._register
+            )
 
     async def _dial(self, host: str, port: int) -> Session:
         if self._worker is None:
             raise DeviceError("the node is not started.", device=self.settings.name)
         session = await Session.dial(
-            self._transport, host, port, self._me, self._worker, within_s=DIAL_WITHIN_S
+            self.transport,
+            host,
+            port,
+            self._me,
+            self._worker,
+            within_s=DIAL_WITHIN_S,
+            timeouts=self._timeouts,
         )
         self._register(session)
         return session
@@ -282,62 +293,54 @@ class Node:
         session.on_close(lambda reason: self._sessions.discard(session))
         if self._worker is not None:
             session.allow_payloads(self._worker.payload_limits_of(session))
+        if self._secure and self._introductions is not None:
+            self._introductions.opened(session)
+        self.membership.opened(session)
+
+    def _dial_failed(self, device_id: str, problem: str) -> None:
+        self.membership.failed(device_id, problem)
+
+    def _trusts(self, device_id: str) -> bool:
+        """Whether to look for a device."""
+        if not self._secure or self._introductions is None:
+            return True
+        return self._introductions.trusts(device_id)
+
+    def _trust_changed(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.trust_changed()
+        self._expect_devices()
+
+    def _expect_devices(self) -> None:
+        if self._secure and self._membership is not None:
+            self._membership.belong((each.device_id, each.name) for each in self.trust.others)
+
+    async def _pair(self, stream: Stream) -> None:
+        if self._desk is not None:
+            await self._desk.on_stream(stream)
+
+    def announce_invitation(self, is_open: bool) -> None:
+        """Let devices on our networks know whether one more is let in here."""
+        if self._mdns is not None:
+            self._mdns.invite(is_open)
 
     def _allow_payloads(self, allow: Callable[[Session], Mapping[int, int]]) -> None:
         for session in self._sessions:
             session.allow_payloads(allow(session))
 
 
-def _hosts(listen: str) -> tuple[str, ...]:
-    """What to bind. ``::`` alone is IPv6 only, as asyncio binds it."""
-    if listen == "localhost":
-        return (LOOPBACK,)
-    if ANY.get(listen) != (4, 6):
-        return (listen,)
-    six = any(a.version == 6 for i in machine_interfaces() for a in i.addresses)
-    four = next(host for host, versions in ANY.items() if versions == (4,))
-    return (listen, four) if six else (four,)
+def credentials_of(trust: TrustStore) -> Credentials:
+    """What a device proves itself with, and whom it believes at any moment."""
+
+    def trusted() -> dict[str, bytes]:
+        with contextlib.suppress(DeviceError):  # a damaged file: what was known stays in force
+            trust.refresh()
+        return {} if trust.expelled else {m.device_id: m.certificate for m in trust.others}
+
+    return Credentials(trust.identity, trusted)
 
 
-def _is_ours(listen: str) -> bool:
-    parts = split_scope(listen)
-    if listen in ANY or parts is None:
-        return True
-    ours = {each.ip for interface in machine_interfaces() for each in interface.addresses}
-    return parts[0] in ours or parts[0].is_loopback
-
-
-def _disk_for(home: Path) -> int:
-    """Bytes that the cache of a node may take, where nobody said how many."""
-    own = sum(path.stat().st_size for path in (home / "cache").rglob("*") if path.is_file())
-    return (shutil.disk_usage(home).free + own) // _DISK_SHARE
-
-
-def load_device_id(home: Path) -> str:
-    """This device's id, made on first use: 64 hex digits. Raises DeviceError for a bad home."""
-    path = home / "device_id"
-    try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if path.exists():
-            text = path.read_text(encoding="ascii").strip()
-            if len(text) == _ID_HEX_DIGITS and set(text) <= set("0123456789abcdef"):
-                return text
-        made = secrets.token_hex(_ID_HEX_DIGITS // 2)
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(made + "\n", encoding="ascii")
-        aside.replace(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeviceError(
-            f"the home folder {home} cannot be used: {error}.",
-            hint="Name another one with --home or EDGELLM_HOME.",
-        ) from error
-    return made
-
-
-def _cgroup_free() -> int | None:
-    """Bytes that the control group (a container) still allows, None where it sets no limit."""
-    folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        most = int((folder / "memory.max").read_text(encoding="ascii"))
-        return max(0, most - int((folder / "memory.current").read_text(encoding="ascii")))
-    return None
+def usual_listen(home: Path) -> str:
+    """Where to listen unless somebody says: on all networks if devices of others are paired with
+    the one of this home, else on this machine alone. Raises DeviceError for a bad home."""
+    return ALL_NETWORKS if TrustStore(home).others else LOOPBACK

@@ -16,6 +16,8 @@ from pathlib import Path
 from edgellm.errors import UsageError
 
 LOOPBACK = "127.0.0.1"
+ALL_NETWORKS = "::"
+"""To listen on: every address of this machine, of both IP versions."""
 _NAME = re.compile(r"[^\s:,]{1,64}")
 
 
@@ -46,6 +48,8 @@ class NodeSettings:
     probe: Path | None = None
     """Folder with what was measured of this machine, to be measured if it is not there; None: this
     device's speed stays unknown."""
+    secure: bool = True
+    """False leaves out encryption and pairing, on this machine alone: to measure what they cost."""
 
     def __post_init__(self) -> None:
         if not is_name(self.name):
@@ -57,6 +61,11 @@ class NodeSettings:
             raise UsageError(
                 f"{self.listen[:80]!r} is no address to listen on.",
                 hint=f"Use one of this machine's, {LOOPBACK}, or 0.0.0.0 for all networks.",
+            )
+        if self.exposed and not self.secure:
+            raise UsageError(
+                f"a device without encryption cannot listen on {self.listen}.",
+                hint=f"It is for measuring on one machine: --listen {LOOPBACK}.",
             )
 
     @property

@@ -1,6 +1,6 @@
 """A whole cluster in one process: real nodes, a real client, the stub engine inline.
 
-Only where bytes travel is chosen: loopback TCP, or memory with faults on demand. The oracle at
+Only where bytes travel is chosen: TLS over loopback, or memory with faults on demand. The oracle at
 the end says what the stub must answer, without any code of the stub.
 """
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from edgellm.client import Cluster
 from edgellm.engine.host import InlineStage, StageHost
 from edgellm.engine.stage_main import ENGINES
+from edgellm.localcluster import pair_homes
 from edgellm.node import Node
 from edgellm.settings import NodeSettings
 from edgellm.transport.base import Transport
 from edgellm.transport.memory import MemoryNetwork
-from edgellm.transport.tcp import TcpTransport
+from edgellm.wire.care import KvPage
 from edgellm.wire.frames import Buffer, Frame, FrameDecoder
 from edgellm.wire.messages import Hidden, OpenSequence, Step, Tokens, kind_of
 
@@ -38,7 +39,7 @@ class PacedStage(InlineStage):
         self.tokens_out = 0
         """Answers of the last stage that went out."""
         self._free_at = 0.0
-        limits = {kind_of(kind): 1 << 20 for kind in (Step, Hidden, OpenSequence)}
+        limits = {kind_of(kind): 1 << 20 for kind in (Step, Hidden, OpenSequence, KvPage)}
         self._counting = FrameDecoder(limits)
 
     @property
@@ -89,7 +90,7 @@ class InlineCluster:
     @property
     def resident(self) -> int:
         """Sequences that hold a slot on any device."""
-        return sum(stage.resident for stage in self.all_stages)
+        return sum(stage.resident for stage in self.all_stages if not stage.ended)
 
     @property
     def hosted(self) -> int:
@@ -105,13 +106,18 @@ async def inline_cluster(
     *,
     network: MemoryNetwork | None = None,
     pace_s: float = 0.0,
+    memory_bytes: int = 1 << 30,
 ) -> AsyncIterator[InlineCluster]:
-    """``network`` None is TCP on loopback; ``pace_s`` is how long a stage takes for a message."""
+    """``network`` None is TLS on loopback; ``pace_s`` is how long a stage takes for a message;
+    ``memory_bytes`` is what each device offers."""
     stages: dict[str, list[PacedStage]] = {name: [] for name in NAMES[:count]}
     nodes: dict[str, Node] = {}
 
-    def transport(name: str) -> Transport:
-        return TcpTransport() if network is None else network.transport(name)
+    def transport(name: str) -> Transport | None:
+        return None if network is None else network.transport(name)
+
+    if network is None:
+        pair_homes({folder / name: name for name in (*stages, COORDINATOR)})
 
     def starter(name: str) -> Callable[[str], asyncio.Future[StageHost]]:
         def start(label: str) -> asyncio.Future[StageHost]:
@@ -125,14 +131,14 @@ async def inline_cluster(
 
     async with contextlib.AsyncExitStack() as stack:
         for name in stages:
-            settings = NodeSettings(name, folder / name, memory_bytes=1 << 30, threads=1)
+            settings = NodeSettings(name, folder / name, memory_bytes=memory_bytes, threads=1)
             node = Node(settings, transport=transport(name), start_host=starter(name))
             await node.start()
             stack.push_async_callback(node.close)
             nodes[name] = node
         addresses = ["{}:{}".format(*node.address) for node in nodes.values()]
         client = await stack.enter_async_context(
-            Cluster.connect(addresses, transport=transport(COORDINATOR))
+            Cluster.connect(addresses, home=folder / COORDINATOR, transport=transport(COORDINATOR))
         )
         yield InlineCluster(nodes, client, network, stages)
 

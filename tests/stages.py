@@ -32,8 +32,12 @@ SPLITS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "stub": ((0, 2), (2, 4), (4, 6)),
     "llama": ((0, 2), (2, 3), (3, 5)),
     "lfm2": ((0, 2), (2, 4), (4, 6)),
+    "gemma3": ((0, 6), (6, 12), (12, 13)),
+    "mamba": ((0, 1), (1, 2), (2, 4)),
+    "qwen35": ((0, 2), (2, 4), (4, 6)),
 }
-"""Three stages of each kind."""
+"""Three stages of each kind. Beside ``KINDS``: sliding windows (the last stage has nothing else),
+recurrent layers alone, and a hybrid of attention and recurrence with M-RoPE."""
 GREEDY = SamplerSettings(temperature=0.0)
 
 

@@ -142,12 +142,16 @@ async def our_run(model: LoadedModel, prompt: Sequence[int], count: int) -> Comp
 
 
 async def measure_case(
-    case: Case, pairs: int, yardstick: ChildCaller, model: LoadedModel, tell: Tell
+    case: Case, pairs: int, yardstick: ChildCaller | LoadedModel, model: LoadedModel, tell: Tell
 ) -> Result:
-    """Warm both up, then run the pairs."""
+    """Warm both up, then run the pairs. The yardstick is a child of ``bench.plain`` that has the
+    model, or stages of another cluster."""
     prompt = case.tokens(model.opened.vocab)
 
     async def theirs(count: int = case.count) -> float:
+        if isinstance(yardstick, LoadedModel):
+            answer = await our_run(yardstick, prompt, count)
+            return float(getattr(answer.figures, case.figure) or 0.0)
         return (await plain_run(yardstick, prompt, count))[case.figure]
 
     async def ours(count: int = case.count) -> Completion:

@@ -153,7 +153,7 @@ async def measure_rpc(bench: Bench, build: RpcBuild, tell: Tell) -> RpcReport:
     devices = bench_devices(bench)
     with aside(devices):
         async with AsyncExitStack() as stack:
-            cluster = await stack.enter_async_context(our_cluster(devices))
+            cluster = await stack.enter_async_context(our_cluster(devices, bench.apart))
             run = _Run(bench, build, cluster, tell)
             same = await run.same_kernels()
             by_name = {device.name: device for device in devices}

@@ -23,7 +23,6 @@ from edgellm.localcluster import (
     local_cluster,
     local_devices,
     our_processors,
-    own_node,
 )
 from edgellm.modelfile import read_card
 from edgellm.modelref import OpenedModel
@@ -57,6 +56,8 @@ class Bench:
     stages: str | None = None
     """A forced split such as ``a:0-11,b:11-``; None: the planner's, with all devices."""
     weights: Weights = Weights.AUTO
+    apart: bool = False
+    """Whether no device is in this process: each then has a network before it."""
 
     @property
     def options(self) -> LoadOptions:
@@ -117,7 +118,7 @@ async def measure(bench: Bench, tell: Tell) -> Report:
         devices = bench_devices(bench)
         with aside(devices):
             async with (
-                our_cluster(devices) as cluster,
+                our_cluster(devices, bench.apart) as cluster,
                 cluster.load(bench.opened, bench.options) as model,
             ):
                 results = [
@@ -140,13 +141,15 @@ def bench_devices(bench: Bench) -> list[LocalDevice]:
 
 
 @asynccontextmanager
-async def our_cluster(devices: Sequence[LocalDevice]) -> AsyncIterator[Cluster]:
-    """The first device is a node of this process, as when somebody chats; the others are not.
-    Their homes are new and empty, and do not outlive them."""
+async def our_cluster(
+    devices: Sequence[LocalDevice], apart: bool = False
+) -> AsyncIterator[Cluster]:
+    """The first device is a node of this process, as when somebody chats, unless all are to be
+    ``apart``; the others are not. Their homes are new and empty, and do not outlive them."""
+    own, others = (None, devices) if apart else (devices[0], devices[1:])
     async with (
-        own_node(devices[0]) as local,
-        local_cluster(devices[1:]) as nodes,
-        Cluster.connect([node.address for node in nodes], local=local) as cluster,
+        local_cluster(others, own=own) as local,
+        Cluster.connect(local.addresses, local=local.own, home=local.home) as cluster,
     ):
         await cluster.refreshed(PROBED_WITHIN_S)
         yield cluster

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group
 
 from edgellm.answer import Completion
-from edgellm.cli.output import say, table
+from edgellm.cli.output import say, table, tell
 from edgellm.client import Answer
 
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -28,6 +28,12 @@ async def stream(answer: Answer, into: list[str], *, silent: bool = False) -> No
                 say(harmless(piece.text) if terminal else piece.text)
 
 
+def tell_between(words: str) -> None:
+    """Say something while an answer is on its way: on a terminal, on a line of its own."""
+    together = sys.stdout.isatty() and sys.stderr.isatty()
+    tell(f"\n{words}" if together else words)
+
+
 def harmless(text: str) -> str:
     """``text`` for a terminal: whatever a model says, it moves no cursor and sets no title."""
     return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -39,7 +45,19 @@ def summary(completion: Completion) -> str:
     ttft, tpot = figures.ttft_s, figures.tpot_s
     speed = f", then {1 / tpot:.1f} tokens/s" if tpot else ""
     first = f"first token after {ttft * 1000:.0f} ms" if ttft is not None else "no token"
-    return f"[{len(completion.tokens)} tokens, {first}{speed}; {completion.finish_reason.value}]"
+    lost = f"; went on {_times(completion)}" if completion.recoveries else ""
+    ended = completion.finish_reason.value
+    return f"[{len(completion.tokens)} tokens, {first}{speed}; {ended}{lost}]"
+
+
+def _times(completion: Completion) -> str:
+    """``without b after 1.2 s``, for each recovery."""
+    told = []
+    for recovery in completion.recoveries:
+        took = recovery.next_token_s
+        after = f" after {took:.1f} s" if took is not None else ""
+        told.append(f"without {recovery.device}{after}")
+    return ", ".join(told)
 
 
 def who_did_what(completion: Completion) -> Group:

@@ -9,11 +9,15 @@ import typer
 
 from edgellm import __version__
 from edgellm.cli.bench import bench
+from edgellm.cli.chaos import chaos
 from edgellm.cli.chat import chat
 from edgellm.cli.demo import demo
 from edgellm.cli.devices import devices
 from edgellm.cli.doctor import doctor
+from edgellm.cli.forget import forget
+from edgellm.cli.invite import invite
 from edgellm.cli.join import join
+from edgellm.cli.leave import leave
 from edgellm.cli.output import INTERRUPTED, fail
 from edgellm.cli.plan import plan
 from edgellm.cli.ps import ps
@@ -29,8 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, join, chat, devices, plan, ps, doctor, bench):
+for command in (demo, join, invite, chat, devices, forget, leave, plan, ps, doctor, bench):
     app.command()(command)
+app.command(hidden=True)(chaos)
 
 
 def _version(asked: bool) -> None:

@@ -15,7 +15,8 @@ from edgellm.cli.output import tell
 from edgellm.client import DISCOVERY_WAIT_S, device_name
 from edgellm.errors import UsageError
 from edgellm.modelref import OpenedModel, demo_model, open_reference
-from edgellm.settings import LOOPBACK, NodeSettings, default_home, figures_folder
+from edgellm.node import usual_listen
+from edgellm.settings import ALL_NETWORKS, NodeSettings, default_home, figures_folder
 from edgellm.types import Activations, SamplerSettings, Weights
 
 _DEMO_NOTICE = (
@@ -112,19 +113,22 @@ class Device:
 
     name: o.Name = None
     home: o.Home = None
-    listen: o.Listen = LOOPBACK
+    listen: o.Listen = None
     peer: o.Peers = None
     discovery: o.Discovery = True
     memory: o.Memory = None
     cache_size: o.CacheSize = None
     probe: o.Probe = True
 
-    def settings(self, threads: int = 0) -> NodeSettings:
-        """For this device's own node."""
+    def settings(self, threads: int = 0, *, offering: bool = False) -> NodeSettings:
+        """For this device's own node. ``offering``: it is there for others, so unless somebody said
+        otherwise they can reach it; else only where it has others."""
+        home = self.home or default_home()
+        usual = ALL_NETWORKS if offering else usual_listen(home)
         return NodeSettings(
             name=self.name or device_name(),
-            home=self.home or default_home(),
-            listen=self.listen,
+            home=home,
+            listen=self.listen or usual,
             memory_bytes=o.parse_size(self.memory),
             threads=threads,
             discovery=self.discovery,

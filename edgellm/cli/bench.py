@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edgellm.bench import control, rpc, rpcbuild, speed
+from edgellm.bench import control, link, rpc, rpcbuild, safety, speed
 from edgellm.bench.pairs import Case, fitting
 from edgellm.bench.synthetic import cached_model
 from edgellm.cli import options as o
-from edgellm.cli.benchtables import control_table, rpc_table, speed_table
+from edgellm.cli.benchtables import control_table, rpc_table, safety_table, speed_table
 from edgellm.cli.output import emit, run, say, tell
 from edgellm.errors import UsageError
 from edgellm.modelref import OpenedModel, open_reference
@@ -37,12 +38,37 @@ BenchWeights = Annotated[
         envvar="EDGELLM_WEIGHTS",
     ),
 ]
+Safety = Annotated[
+    bool,
+    typer.Option(
+        "--safety",
+        help="What encryption and heartbeats cost: stages with them against stages without.",
+        envvar="EDGELLM_SAFETY",
+    ),
+]
 ControlOption = Annotated[
     bool,
     typer.Option(
         "--control",
         help="Only the machine: two whole models at once against one alone.",
         envvar="EDGELLM_CONTROL",
+    ),
+]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        link.OPTION,
+        metavar="RATE",
+        help="Over a network of this speed (100mbit, 1gbit); needs Linux and root.",
+        envvar="EDGELLM_LINK",
+    ),
+]
+Apart = Annotated[
+    bool,
+    typer.Option(
+        "--apart",
+        help="Every device is a process of its own, and none of them ours; so with --link.",
+        envvar="EDGELLM_APART",
     ),
 ]
 
@@ -58,16 +84,31 @@ def bench(
     against_rpc: Rpc = False,
     rpc_build: RpcBuildFolder = None,
     only_control: ControlOption = False,
+    only_safety: Safety = False,
+    rate: Link = None,
+    apart: Apart = False,
     as_json: o.Json = False,
 ) -> None:
     """Measure decode and prefill over stages against the whole model on one thread."""
+    code = 0
+
+    async def again_inside(speed: str) -> None:
+        nonlocal code
+        async with link.slow_loopback(link.check_rate(speed)) as namespace:
+            arguments = [*link.without_link(sys.argv[1:]), "--apart"]
+            code = await link.run_inside(namespace, arguments)
 
     async def work() -> None:
-        if only_control and against_rpc:
+        if rate is not None:
+            await again_inside(rate)
+            return
+        if only_control + against_rpc + only_safety > 1:
             raise UsageError(
-                "--control and --rpc are two benches.", hint="Run one, then the other."
+                "--control, --rpc and --safety are different benches.",
+                hint="Run one after the other.",
             )
-        cases = _named(rpc.CASES if against_rpc else speed.CASES, only)
+        all_cases = rpc.CASES if against_rpc else safety.CASES if only_safety else speed.CASES
+        cases = _named(all_cases, only)
         opened = open_reference(model or str(cached_model(tell)))
         plan = speed.Bench(
             opened=opened,
@@ -76,6 +117,7 @@ def bench(
             pairs=pairs,
             chunk=chunk,
             stages=stages,
+            apart=apart,
             # RPC servers keep weights as they are in the file: kernel for kernel the same.
             weights=weights or (Weights.PLAIN if against_rpc else Weights.AUTO),
         )
@@ -83,20 +125,26 @@ def bench(
             controls = await control.measure_control(plan, tell)
             data = {"control": [each.to_dict() for each in controls]}
             text = control_table(controls)
+        elif only_safety:
+            results = await safety.measure_safety(plan, tell)
+            data = {"results": [each.to_dict() for each in results]}
+            text = safety_table(results)
         elif against_rpc:
             given = rpcbuild.given_build(rpc_build) if rpc_build else None
             build = given or await rpcbuild.kept_build(tell)
             compared = await rpc.measure_rpc(plan, build, tell)
-            data, text = compared.to_dict(), rpc_table(compared)
+            data, text = compared.to_dict(), rpc_table(compared, apart)
         else:
             report = await speed.measure(plan, tell)
-            data, text = report.to_dict(), speed_table(report)
+            data, text = report.to_dict(), speed_table(report, apart)
         if as_json:
             emit(data)
         else:
             say(text)
 
     run(work, as_json)
+    if code:
+        sys.exit(code)
 
 
 def _named(cases: tuple[Case, ...], only: str | None) -> tuple[Case, ...]:

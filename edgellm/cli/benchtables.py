@@ -14,11 +14,12 @@ GIGABIT = 125e6
 """Bytes per second."""
 WHERE = (
     "The first device is a node of this process, as in `edgellm chat`; the others are processes of"
-    " their own, over TCP on loopback."
+    " their own, over TLS on loopback."
 )
+APART = "Every device is a process of its own, and so are we; TLS between all of them."
 
 
-def speed_table(report: Report) -> str:
+def speed_table(report: Report, apart: bool = False) -> str:
     """Stages against the whole model."""
     stages = len(report.plan.stages)
     lines = [
@@ -33,11 +34,11 @@ def speed_table(report: Report) -> str:
             returned = result.median("returned_bytes")
             lines.append(f"Bytes that come back from the last stage for a token: {returned:.0f}.")
     lines += map(_memory_line, report.memory)
-    lines.append(WHERE)
+    lines.append(APART if apart else WHERE)
     return "\n".join(lines) + "\n"
 
 
-def rpc_table(report: RpcReport) -> str:
+def rpc_table(report: RpcReport, apart: bool = False) -> str:
     """Stages against llama.cpp's RPC servers."""
     plan = report.plan
     layers = " and ".join(f"{stage.span.first}-{stage.span.end - 1}" for stage in plan.stages)
@@ -52,13 +53,23 @@ def rpc_table(report: RpcReport) -> str:
         *_bytes_lines(report.token_bytes),
         "decode: time per output token; prefill: time to first token; ratios RPC / ours.",
         "load: from asking for the model to its first token, with the model's file in memory.",
-        WHERE,
+        APART if apart else WHERE,
     ]
     if not report.same_kernels:
         lines.append(
             "Not the same kernels: the two llama.cpp builds use different instructions of this"
             " processor, so the ratios are of more than the two ways to split."
         )
+    return "\n".join(lines) + "\n"
+
+
+def safety_table(results: Sequence[Result]) -> str:
+    """Stages with encryption and heartbeats against the same without."""
+    lines = [
+        "The same stages without encryption and heartbeats, and with them; medians, ms.",
+        *_pairs_table("bare", "safe", results),
+        "Time per output token, compute summed over the stages, ratio safe / bare.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -22,6 +22,6 @@ def chat(loading: Loading, answering: Answering, reaching: Reaching) -> None:
         opened = await loading.open()
         async with open_cluster(reaching, local) as cluster:
             plan = (await cluster.plan(opened, options)).plan
-            await talk(cluster, opened, plan, answering, local.home)
+            await talk(cluster, opened, plan, answering, local.home, options)
 
     run(work, answering.as_json)

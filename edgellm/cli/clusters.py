@@ -42,6 +42,20 @@ class LinkFacts:
     problem: str
 
 
+@dataclass(frozen=True, slots=True)
+class MemberFacts:
+    """A device of the cluster, there or not, as this device's node has seen it since it started."""
+
+    name: str
+    device_id: str
+    state: str
+    """``alive``, ``suspected``, ``gone`` or ``left``."""
+    since_s: float
+    """Seconds that it has been in this state."""
+    problem: str
+    """Why it is not alive; empty where it is."""
+
+
 @contextlib.asynccontextmanager
 async def open_cluster(reaching: Reaching, local: NodeSettings) -> AsyncIterator[Cluster]:
     """This device and the others that can be found, connected."""
@@ -69,6 +83,33 @@ async def devices_of(cluster: Cluster) -> list[DeviceFacts]:
             figures=dict(peer.info.figures),
         )
         for peer in await cluster.refreshed(MEASURE_WAIT_S)
+    ]
+
+
+async def members_of(cluster: Cluster) -> list[MemberFacts]:
+    """The devices of the cluster, those that are not there included."""
+    return [
+        MemberFacts(
+            name=str(member.get("name", "")),
+            device_id=str(member.get("device_id", "")),
+            state=str(member.get("state", "")),
+            since_s=float(member.get("since_s") or 0.0),
+            problem=str(member.get("problem", "")),
+        )
+        for member in await cluster.members()
+    ]
+
+
+def strangers_of(cluster: Cluster) -> list[dict[str, str]]:
+    """Devices on our networks that are not paired with this one: ``id``, ``name``, ``address``, as
+    they say of themselves."""
+    return [
+        {
+            "id": sighting.device_id,
+            "name": sighting.name,
+            "address": format_address(*sighting.addresses[0]),
+        }
+        for sighting in cluster.strangers()
     ]
 
 

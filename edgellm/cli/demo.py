@@ -53,10 +53,10 @@ def demo(
         tell(f"Starting {devices} devices on this machine ...")
         with aside(local):
             async with (
-                local_cluster(local) as nodes,
-                Cluster.connect([node.address for node in nodes]) as cluster,
+                local_cluster(local) as started,
+                Cluster.connect(started.addresses, home=started.home) as cluster,
             ):
                 plan = plan_over(opened, cluster.offers(opened.engine), options)
-                await talk(cluster, opened, plan, answering, home=None)
+                await talk(cluster, opened, plan, answering, None, options)
 
     run(work, answering.as_json)

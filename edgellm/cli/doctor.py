@@ -35,7 +35,7 @@ from edgellm.settings import LOOPBACK, default_home
 def doctor(
     model: o.CheckedModel = None,
     home: o.Home = None,
-    listen: o.Listen = LOOPBACK,
+    listen: o.Listen = None,
     port: o.Port = 0,
     as_json: o.Json = False,
 ) -> None:
@@ -47,7 +47,7 @@ def doctor(
 
     async def work() -> None:
         nonlocal failed
-        checks, card = await examine(model, home or default_home(), listen, port)
+        checks, card = await examine(model, home or default_home(), listen or LOOPBACK, port)
         failed = any(check.status is Status.FAIL for check in checks)
         if as_json:
             told = [asdict(check) for check in checks]

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 from edgellm.cli import options as o
 from edgellm.cli.asked import Device
-from edgellm.cli.output import emit, run, tell
+from edgellm.cli.invitations import Shown, instructions
+from edgellm.cli.joining import Wish, pair_first, someone_there
+from edgellm.cli.output import ctrl_c, emit, run, tell
+from edgellm.cli.ownnodes import running_at
 from edgellm.cli.spread import spread
 from edgellm.discovery.addresses import format_address, parse_address
+from edgellm.identity import TrustStore
 from edgellm.node import Node
+from edgellm.runtime.desk import INVITATION_S
 from edgellm.runtime.neighbours import Event, Found, Lost, Unreachable
 from edgellm.settings import NodeSettings
+from edgellm.store.home import HomeBusyError
+
+_UNNOTICED_S = 0.3
+"""Nobody has to be told of a wait that is shorter."""
 
 
 @spread
@@ -23,49 +34,120 @@ def join(
     port: o.Port = 0,
     threads: o.Threads = 0,
     pin: o.Pin = None,
+    code: o.Code = "",
+    to: o.To = "",
     until_stdin_closes: o.UntilStdinCloses = False,
+    secure: o.Secure = True,
     as_json: o.Json = False,
 ) -> None:
-    """Offer this device to others: hold stages of models until stopped with Ctrl-C."""
+    """Offer this device to the others of its cluster until stopped with Ctrl-C.
+
+    The first time with the code that another device shows, or, on the first device, without: then
+    this one shows a code for the next.
+    """
 
     async def work() -> None:
         settings = replace(
-            device.settings(threads),
+            device.settings(threads, offering=True),
             port=port,
+            secure=secure,
             pin=o.parse_processors(pin),
             peers=tuple(map(parse_address, device.peer or ())),
         )
+        if secure and not until_stdin_closes:
+            can_ask = someone_there() and not as_json
+            settings = await _paired(settings, Wish(code, to, can_ask))
         news = _News()
         node = Node(settings, on_event=news.event, on_notice=news.say)
         await node.start()
         try:
-            address = format_address(*node.address)
+            shown = None if until_stdin_closes else _first_invitation(node)
             if as_json:
-                emit({"name": settings.name, "id": node.device_id, "address": address})
-            tell(_greeting(settings, address, ours=until_stdin_closes))
+                emit(_as_data(node, shown))
+            tell(_greeting(node, shown, ours=until_stdin_closes))
             news.begin()
-            await _until_told(until_stdin_closes)
+            await _until_told(until_stdin_closes, node.left)
         finally:
-            await node.close()
+            try:
+                if not until_stdin_closes:  # or whoever started it is gone, and its answers too
+                    await _leave(node)
+            finally:
+                await node.close()
 
     run(work, as_json)
 
 
-def _greeting(settings: NodeSettings, address: str, *, ours: bool) -> str:
+async def _paired(settings: NodeSettings, wish: Wish) -> NodeSettings:
+    """``settings`` of a device that has been paired, if that was to be. Raises EdgeError."""
+    trust = TrustStore(settings.home)
+    running = await running_at(settings.home)
+    if running is not None:
+        busy = HomeBusyError(settings.home, format_address(*running))
+        if wish.code:
+            busy.hint = f"End it first with edgellm leave; or: {busy.hint}"
+        raise busy
+    paired = await pair_first(settings, trust, wish)
+    if paired is None or paired.address in settings.peers:
+        return settings
+    # Where it was paired it can be reached, whatever discovery finds.
+    return replace(settings, peers=(*settings.peers, paired.address))
+
+
+def _first_invitation(node: Node) -> Shown | None:
+    """A device that is alone lets one more in at once: it was started for that."""
+    trust = node.trust
+    if not node.settings.secure or trust.settled or trust.expelled:
+        return None
+    opened = node.desk.open(INVITATION_S)
+    name = node.settings.name
+    return Shown(opened.code, opened.expires_s, node.device_id, name, node.addresses())
+
+
+def _as_data(node: Node, shown: Shown | None) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": node.settings.name,
+        "id": node.device_id,
+        "address": format_address(*node.address),
+    }
+    if shown is not None:
+        invitation = shown.as_data()
+        data |= {"code": invitation["code"], "expires_s": invitation["expires_s"]}
+    return data
+
+
+def _greeting(node: Node, shown: Shown | None, *, ours: bool) -> str:
     """``ours``: another command of ours started it, and nobody has to be told what to do next."""
-    ready = f"Device {settings.name} is ready at {address}."
+    settings = node.settings
+    ready = f"Device {settings.name} is ready at {format_address(*node.address)}."
     if ours:
         return ready
-    if not settings.exposed:
+    if not settings.secure:
+        return f"{ready} WARNING: it neither encrypts nor asks who comes: only for measuring."
+    if shown is not None:
         return (
-            f"{ready} It listens on this machine only; with --listen 0.0.0.0 other machines can"
-            " use it too.\nNow chat from another terminal: edgellm chat"
+            f"{ready} No other device is paired with it yet.\n{instructions(shown)}"
+            "\nA new code, any time: edgellm invite. To chat, from another terminal: edgellm chat"
         )
-    return (
-        f"{ready}\nWARNING: there is no pairing and no encryption yet: anyone on this network can"
-        " use this device and read what goes over it. Do so only where you trust everybody."
-        "\nNow chat from any device here that has joined: edgellm chat"
-    )
+    where = "" if settings.exposed else (
+        " It listens on this machine only; with --listen 0.0.0.0 other machines reach it too."
+    )  # fmt: skip
+    return f"{ready}{where}\nNow chat from another terminal, here or on any device: edgellm chat"
+
+
+def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+
+
+async def _leave(node: Node) -> None:
+    """Hand over what the node computes; Ctrl-C ends that."""
+    leaving = asyncio.create_task(node.leave())
+    with ctrl_c(lambda: _cancel(leaving)):
+        done, _ = await asyncio.wait({leaving}, timeout=_UNNOTICED_S)
+        if not done:
+            tell("Ctrl-C again ends it at once.")
+            await asyncio.wait({leaving})
+    if not leaving.cancelled():
+        leaving.result()
 
 
 class _News:
@@ -107,18 +189,25 @@ def words_of(event: Event) -> str:
             )
 
 
-async def _until_told(until_stdin_closes: bool) -> None:
-    """Wait for Ctrl-C or SIGTERM (both cancel us) or, if asked, the end of standard input."""
-    forever = asyncio.get_running_loop().create_future()
-    if until_stdin_closes:
-        descriptor = sys.stdin.fileno()
+async def _until_told(until_stdin_closes: bool, left: asyncio.Event) -> None:
+    """Wait for Ctrl-C or SIGTERM (both cancel us), for edgellm leave, or, if asked, for the end of
+    standard input."""
+    told = asyncio.create_task(left.wait())
+    try:
+        await (_until_input_ends() if until_stdin_closes else told)
+    finally:
+        told.cancel()
 
-        def readable() -> None:
-            if not os.read(descriptor, 4096) and not forever.done():
-                forever.set_result(None)
 
-        try:
-            asyncio.get_running_loop().add_reader(descriptor, readable)
-        except PermissionError:  # a plain file or /dev/null cannot be watched: it has ended
-            return
-    await forever
+async def _until_input_ends() -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = sys.stdin.fileno()
+
+    def readable() -> None:
+        if not os.read(descriptor, 4096):
+            ended.set()
+
+    with contextlib.suppress(PermissionError):  # a plain file or /dev/null: it has ended
+        loop.add_reader(descriptor, readable)
+        await ended.wait()

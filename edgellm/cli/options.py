@@ -88,7 +88,20 @@ Memory = Annotated[
     str | None, _option("--memory", "Most memory to offer, like 512MiB; default: what is free.")
 ]
 Listen = Annotated[
-    str, _option("--listen", "Address to listen on; 0.0.0.0 is all networks, :: with IPv6.")
+    str | None,
+    _option(
+        "--listen",
+        "Address to listen on, like 127.0.0.1 for this machine alone; default: all networks, but"
+        " for commands of a device that is paired with none.",
+    ),
+]
+Secure = Annotated[
+    bool,
+    _option(
+        "--secure/--insecure",
+        "Encrypt, and let in paired devices alone; without it only on this machine, to measure.",
+        hidden=True,
+    ),
 ]
 Discovery = Annotated[
     bool,
@@ -105,6 +118,13 @@ CacheSize = Annotated[
     _option("--cache-size", "Most disk for parts of models; default: half of what is free."),
 ]
 Port = Annotated[int, _option("--port", "Port to listen on; 0: any free one.", min=0, max=65535)]
+Code = Annotated[
+    str, _option("--code", "Join the cluster of a device that shows this code (edgellm invite).")
+]
+To = Annotated[
+    str,
+    _option("--to", "Name, or beginning of the id, of the device whose code it is."),
+]
 UntilStdinCloses = Annotated[
     bool, _option("--until-stdin-closes", "End when standard input does.", hidden=True)
 ]

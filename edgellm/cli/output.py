@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from rich.console import Console, RenderableType
@@ -93,11 +93,12 @@ def ctrl_c(action: Callable[[], None]) -> Iterator[None]:
         _end_on((signal.SIGINT,))
 
 
-def fail(error: EdgeError, as_json: bool) -> NoReturn:
-    """Say what is wrong on standard error, and as an object with ``--json``; exit."""
+def fail(error: EdgeError, as_json: bool, more: Mapping[str, Any] | None = None) -> NoReturn:
+    """Say what is wrong on standard error, and as an object with ``--json``, which gets ``more``;
+    exit."""
     tell(f"edgellm: {error}")
     if as_json:
-        emit({"error": {**error.to_dict(), "exit_code": error.exit_code}})
+        emit({"error": {**error.to_dict(), "exit_code": error.exit_code, **(more or {})}})
     sys.exit(error.exit_code)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from edgellm.cli.answers import stream, summary, who_did_what
+from edgellm.answer import LoadOptions
+from edgellm.cli.answers import stream, summary, tell_between, who_did_what
 from edgellm.cli.asked import Answering
 from edgellm.cli.interactive import converse
 from edgellm.cli.lines import nothing_to_read
-from edgellm.cli.output import emit, say, tell, tell_with
+from edgellm.cli.output import emit, fail, say, tell, tell_with
 from edgellm.cli.progress import shown_progress
 from edgellm.client import Cluster, LoadedModel
 from edgellm.conversation import Conversation
-from edgellm.errors import UsageError
+from edgellm.errors import EdgeError, UsageError
 from edgellm.modelref import OpenedModel
 from edgellm.types import Plan
 
@@ -27,16 +28,22 @@ def check(answering: Answering) -> None:
 
 
 async def talk(
-    cluster: Cluster, opened: OpenedModel, plan: Plan, answering: Answering, home: Path | None
+    cluster: Cluster,
+    opened: OpenedModel,
+    plan: Plan,
+    answering: Answering,
+    home: Path | None,
+    options: LoadOptions,
 ) -> None:
     """Load, and answer the prompt or chat.
 
-    ``home`` holds the history of what was typed, if that is to be kept.
+    ``home`` holds the history of what was typed, if that is to be kept. ``options`` are those of
+    ``plan``: when a device is lost, they count for the next one.
     """
     tell(_plan_text(opened, plan))
     async with contextlib.AsyncExitStack() as stack:
         with shown_progress() as progress:
-            loading = cluster.load(opened, plan=plan, progress=progress)
+            loading = cluster.load(opened, options, plan=plan, progress=progress, told=tell_between)
             model = await stack.enter_async_context(loading)
         tell(f"Loaded in {model.load_s:.1f} s.")
         await _told_of_template(model, answering)
@@ -69,7 +76,14 @@ async def _once(model: LoadedModel, answering: Answering, question: str) -> None
     templated = model.opened.chat_template is not None and not answering.raw
     prompt = Conversation(templated=templated, system=answering.system).prompt(question)
     answer = model.answer(prompt, answering.options())
-    await stream(answer, [], silent=answering.as_json)
+    try:
+        await stream(answer, [], silent=answering.as_json)
+    except EdgeError as error:
+        if answering.as_json:
+            fail(error, True, {"text": answer.text, "tokens": list(answer.tokens)})
+        if answer.text:
+            say("\n")  # what came stands by itself; the error follows
+        raise
     completion = answer.completion()
     if answering.as_json:
         emit(completion.to_dict())

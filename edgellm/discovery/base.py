@@ -44,6 +44,8 @@ class Sighting:
     """Empty where it is not known. Only the device's greeting says what it is called."""
     addresses: tuple[Address, ...]
     how: How
+    invites: bool = False
+    """Whether it says that it lets a new device in at the moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Announcement:
     device_id: str
     name: str
     port: int
+    invites: bool = False
+    """Whether an invitation is open here."""
 
 
 OnSighting: TypeAlias = Callable[[Sighting], None]
@@ -80,7 +84,12 @@ def is_device_id(text: object) -> bool:
 
 
 def sighting_from(
-    device_id: object, name: object, addresses: Iterable[object], how: How
+    device_id: object,
+    name: object,
+    addresses: Iterable[object],
+    how: How,
+    *,
+    invites: bool = False,
 ) -> Sighting | None:
     """A sighting of what somebody claims; None where nothing of it can be used."""
     if not isinstance(device_id, str) or not is_device_id(device_id):
@@ -94,4 +103,4 @@ def sighting_from(
     if not usable:
         return None
     shown = name if isinstance(name, str) and is_name(name) else ""
-    return Sighting(device_id, shown, tuple(usable), how)
+    return Sighting(device_id, shown, tuple(usable), how, invites)

@@ -16,6 +16,10 @@ from edgellm.discovery.base import MAX_ADDRESSES, MAX_DEVICES, How, Sighting
 
 FIRST_RETRY_S = 0.5
 LAST_RETRY_S = 30.0
+STEADY_S = 5.0
+"""A connection that lasted for so long was a good one."""
+LEFT_TRIES = 4
+"""Who left on purpose is tried as rarely as who failed so often: after 4 s, 8 s, ... 30 s."""
 MAX_TARGETS = 64
 """Addresses that were told without saying which device is there."""
 TRIES_BEFORE_WORDS = 2
@@ -239,7 +243,7 @@ class Directory:
             return Verdict.OTHER
         if retry is not None:
             retry.under_way = False
-            retry.tries, retry.told, retry.at = 0, False, now
+            retry.told, retry.at = False, now
         if not attempt.device_id and address in self._targets:
             self._targets[address].device_id = device_id
         record = self._record(device_id, name, now)
@@ -248,7 +252,7 @@ class Directory:
         record.name, record.at, record.seen = name, address, now
         record.addresses = _most([address, *record.addresses], None)
         record.state, record.since = State.REACHED, now
-        record.retry.tries, record.retry.told = 0, False
+        record.retry.told = False
         return Verdict.NEW
 
     def failed(self, attempt: Attempt, now: float) -> bool:
@@ -265,16 +269,41 @@ class Directory:
         retry.told = True
         return True
 
-    def lost(self, device_id: str, now: float) -> None:
-        """The connection to a reached device ended; it is tried again soon."""
+    def lost(self, device_id: str, now: float, *, on_purpose: bool = False) -> None:
+        """The connection to a reached device ended. It is tried again at once, but not where it
+        said that it would leave, and not all the time where it hangs up on us again and again."""
         record = self._records.get(device_id)
-        if record is not None and record.state is State.REACHED:
-            record.state, record.since = State.LOST, now
-            record.retry.at = now + self._chance() * FIRST_RETRY_S / 2
-            record.retry.tries, record.retry.under_way = 0, False
-            for target in self._targets.values():
-                if target.device_id == device_id:
-                    target.retry.at = now + FIRST_RETRY_S
+        if record is None or record.state is not State.REACHED:
+            return
+        retry, steady = record.retry, now - record.since >= STEADY_S
+        record.state, record.since = State.LOST, now
+        retry.under_way = False
+        if on_purpose:
+            retry.tries = LEFT_TRIES
+        elif steady:
+            retry.tries = 0
+        if retry.tries <= 1:
+            retry.at = now + self._chance() * FIRST_RETRY_S / 2
+        else:
+            self._later(retry, now)
+        for target in self._targets.values():
+            if target.device_id == device_id:
+                target.retry.tries = retry.tries
+                target.retry.at = max(now + FIRST_RETRY_S, retry.at)
+
+    def soon(self, device_id: str, now: float) -> None:
+        """There is reason to believe that a device is there."""
+        record = self._records.get(device_id)
+        if record is not None and record.state is not State.REACHED:
+            record.retry.tries = min(record.retry.tries, 1)
+            record.retry.soon(now)
+
+    def forget(self, device_id: str) -> None:
+        """Look for it no more. An address that a person told is still tried."""
+        self._records.pop(device_id, None)
+        for target in self._targets.values():
+            if target.device_id == device_id:
+                target.device_id = ""
 
     def remembered(self) -> tuple[Sighting, ...]:
         """What to remember for the next start: who was ever reached, those at hand first."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
+import secrets
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +73,13 @@ class MdnsDiscovery:
         self._on_sighting: OnSighting = lambda sighting: None
         self._zeroconf: AsyncZeroconf | None = None
         self._names: dict[str, asyncio.Task[None] | None] = {}
+        self._stale: set[str] = set()
+        """Names that said something new while they were being resolved."""
         self._resolving = asyncio.Semaphore(_MAX_RESOLVING)
         self._watch: asyncio.Task[None] | None = None
+        self._change = _new_change()
+        self._updates: set[asyncio.Task[None]] = set()
+        self._hosts: Sequence[str] = ()
         self._complained = False
 
     async def start(self, on_sighting: OnSighting) -> None:
@@ -83,8 +90,26 @@ class MdnsDiscovery:
         self._on_sighting = lambda sighting: None
         if self._watch is not None:
             self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+            for update in self._updates:
+                update.cancel()
+            await asyncio.gather(self._watch, *self._updates, return_exceptions=True)
             self._watch = None
+
+    def invite(self, is_open: bool) -> None:
+        """Announce from now on whether a new device is let in here."""
+        if self._me is None or self._me.invites == is_open:
+            return
+        self._me = dataclasses.replace(self._me, invites=is_open)
+        self._change = _new_change()
+        if self._zeroconf is not None:
+            task = asyncio.create_task(self._announce_anew(self._zeroconf, self._me))
+            self._updates.add(task)
+            task.add_done_callback(self._updates.discard)
+
+    async def _announce_anew(self, zeroconf: AsyncZeroconf, me: Announcement) -> None:
+        with contextlib.suppress(OSError, ZeroconfError, NotRunningException, KeyError):
+            sent = await zeroconf.async_update_service(service_of(me, self._hosts, self._change))
+            asyncio.ensure_future(sent).add_done_callback(_seen)
 
     async def _run(self) -> None:
         try:
@@ -118,10 +143,11 @@ class MdnsDiscovery:
             AsyncServiceBrowser(
                 self._zeroconf.zeroconf, SERVICE, handlers=[self._on_change]
             )  # ends with its zeroconf
+            self._hosts = hosts
             if self._me is not None:
                 # Nobody else has our id, so there is nothing to probe for: that would take 1.2 s.
                 sent = await self._zeroconf.async_register_service(
-                    service_of(self._me, hosts), cooperating_responders=True
+                    service_of(self._me, hosts, self._change), cooperating_responders=True
                 )
                 asyncio.ensure_future(sent).add_done_callback(_seen)
         except (OSError, RuntimeError, ZeroconfError, NotRunningException, TimeoutError) as error:
@@ -141,6 +167,7 @@ class MdnsDiscovery:
             if task is not None:
                 task.cancel()
         self._names.clear()
+        self._stale.clear()
         opened, self._zeroconf = self._zeroconf, None
         if opened is not None:
             with contextlib.suppress(OSError, ZeroconfError, NotRunningException, TimeoutError):
@@ -158,9 +185,10 @@ class MdnsDiscovery:
             if self._names.get(name, False) is None:
                 del self._names[name]  # a hint that it may be gone: nobody is evicted for it
             return
-        if self._names.get(name) is not None or len(self._names) >= MAX_DEVICES:
-            return
-        self._names[name] = asyncio.create_task(self._resolve(zeroconf, name))
+        if self._names.get(name) is not None:
+            self._stale.add(name)  # what is being resolved may be what it was before
+        elif name in self._names or len(self._names) < MAX_DEVICES:
+            self._names[name] = asyncio.create_task(self._resolve(zeroconf, name))
 
     async def _resolve(self, zeroconf: Zeroconf, name: str) -> None:
         found = None
@@ -175,9 +203,17 @@ class MdnsDiscovery:
         except (OSError, ZeroconfError, NotRunningException, ValueError):
             pass  # a name that cannot be resolved is nobody
         if name in self._names:
-            self._names[name] = None
+            again = name in self._stale
+            self._stale.discard(name)
+            self._names[name] = (
+                asyncio.create_task(self._resolve(zeroconf, name)) if again else None
+            )
         if found is not None and (self._me is None or found.device_id != self._me.device_id):
             self._on_sighting(found)
+
+
+def _new_change() -> str:
+    return secrets.token_hex(4)
 
 
 def _seen(sent: asyncio.Future[Any]) -> None:
@@ -189,8 +225,12 @@ def _seen(sent: asyncio.Future[Any]) -> None:
 # --- records --------------------------------------------------------------------------
 
 
-def service_of(me: Announcement, hosts: Sequence[str]) -> AsyncServiceInfo:
-    """What we announce. Its names come from the device id, so that no two devices collide."""
+def service_of(me: Announcement, hosts: Sequence[str], change: str = "") -> AsyncServiceInfo:
+    """What we announce. Its names come from the device id, so that no two devices collide.
+
+    ``change`` differs with every change: a record that goes back to what it was is no news to
+    those who still have the former one.
+    """
     label = f"edgellm-{me.device_id[:16]}"
     ips = {parts[0] for host in hosts if (parts := split_scope(host)) is not None}
     name = me.name.encode()[:_MAX_NAME_BYTES].decode("utf-8", "ignore")
@@ -199,7 +239,13 @@ def service_of(me: Announcement, hosts: Sequence[str]) -> AsyncServiceInfo:
         f"{label}.{SERVICE}",
         addresses=[ip.packed for ip in sorted(ips, key=lambda ip: (ip.version, ip.packed))],
         port=me.port,
-        properties={"id": me.device_id, "name": name, "v": str(PROTOCOL)},
+        properties={
+            "id": me.device_id,
+            "name": name,
+            "v": str(PROTOCOL),
+            "invite": str(int(me.invites)),
+            "change": change,
+        },
         server=f"{label}.local.",
     )
 
@@ -210,7 +256,9 @@ def sighting_of(
     """The device in somebody's records; None where they are not of our kind."""
     told = {key: properties.get(key) for key in (b"id", b"name")}
     id_, name = (value.decode("utf-8", "replace") if value else "" for value in told.values())
-    return sighting_from(id_, name, [(host, port) for host in hosts[: 4 * MAX_ADDRESSES]], How.MDNS)
+    addresses = [(host, port) for host in hosts[: 4 * MAX_ADDRESSES]]
+    invites = properties.get(b"invite") == b"1"
+    return sighting_from(id_, name, addresses, How.MDNS, invites=invites)
 
 
 # --- interfaces -----------------------------------------------------------------------

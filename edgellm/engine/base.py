@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm.engine.pages import Image
 from edgellm.types import EngineSettings, LayerSpan
 
 Float32 = NDArray[np.float32]
@@ -44,6 +45,8 @@ class StageConfig:
     them on the way in; empty for most architectures."""
     embedding_scale: float = 1.0
     """What the architecture multiplies embedding rows by, as float32."""
+    model: str = ""
+    """Digest of the model, or its name: KV pages of another one are refused."""
 
     @property
     def first(self) -> bool:
@@ -109,6 +112,32 @@ class StageEngine(Protocol):
 
     def clear(self, slot: int) -> None:
         """Forget everything that a slot holds."""
+
+    def truncate(self, slot: int, position: int) -> None:
+        """Forget what a slot holds from ``position`` (> 0) on.
+
+        Raises StageError where the engine cannot: a recurrent state has no past, and of a sliding
+        window only the last positions may be there. The slot is then as it was.
+        """
+
+    def export(self, slot: int, tokens: int) -> Image:
+        """A copy of what a slot with ``tokens`` (> 0) positions holds, to be cut into pages.
+
+        Raises StageError where the memory of this model cannot be moved.
+        """
+
+    def blank(self, slot: int, tokens: int) -> Image:
+        """An image to be filled with the pages of ``tokens`` (> 0) positions, for ``restore``.
+
+        ``slot`` is empty, and stays so: the engine may use it to find out its own layout. Raises
+        StageError where the memory of this model cannot be moved.
+        """
+
+    def restore(self, slot: int, image: Image) -> None:
+        """Make an empty slot hold an image that ``blank`` made, all pages of which were written.
+
+        Raises StageError when the engine refuses it; the slot is empty then.
+        """
 
     def close(self) -> None:
         """Free the engine's memory; the object is dead afterwards."""

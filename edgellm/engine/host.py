@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 from edgellm.engine.child import Child
 from edgellm.engine.server import EngineTable, StageServer
 from edgellm.errors import EdgeError
+from edgellm.wire.care import KvPage
 from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Buffer, Frame, FrameDecoder
 from edgellm.wire.messages import (
     LOCAL_KINDS,
@@ -25,6 +26,7 @@ from edgellm.wire.messages import (
     encode,
     kind_of,
 )
+from edgellm.wire.tags_care import MAX_PAGE_BYTES
 
 OnFrame: TypeAlias = Callable[[Frame], None]
 """Takes one answer of a stage. It must not raise and must not wait."""
@@ -62,8 +64,8 @@ _TUNABLES = "GLIBC_TUNABLES"
 
 def _stage_decoder() -> FrameDecoder:
     """Our own stage's frames: of any size that the plan allows, which the next node checks."""
-    kinds = (Hidden, Tokens, Step, OpenSequence)
-    return FrameDecoder({kind_of(kind): MAX_PAYLOAD_BYTES for kind in kinds})
+    limits = {kind_of(kind): MAX_PAYLOAD_BYTES for kind in (Hidden, Tokens, Step, OpenSequence)}
+    return FrameDecoder({**limits, kind_of(KvPage): MAX_PAGE_BYTES})
 
 
 def stage_environment() -> dict[str, str]:

@@ -20,6 +20,8 @@ import numpy as np
 from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
 from edgellm.engine.bindings import KV_TYPE_IDS, ggml, llama, set_fields
 from edgellm.engine.embedding import EmbeddingTable
+from edgellm.engine.pages import Image, Layout
+from edgellm.engine.stateblob import Shape, blank_image, read_image
 from edgellm.errors import StageError
 from edgellm.types import Mode, Weights
 
@@ -113,6 +115,7 @@ class LlamaEngine:
         self._skip = 0
         self._target_at = 0
         self._found: dict[tuple[int, int], int] = {}
+        self._layout: Layout | None = None
         # The context calls this for as long as it lives: the reference must not be lost.
         self._callback = self._llama.ggml_backend_sched_eval_callback(self._on_node)
         self._context = self._open_context()
@@ -188,11 +191,16 @@ class LlamaEngine:
     def joint(self) -> str:
         if self._config.settings.mode is Mode.REFERENCE:
             return "none"
-        mixed = self._llama.llama_model_is_hybrid(
-            self._model
-        ) or self._llama.llama_model_is_recurrent(self._model)
         # llama.cpp regroups rows of unequal sequences there, and the callback sees its order.
-        return "equal" if mixed else "any"
+        return "equal" if self._has_states else "any"
+
+    @property
+    def _has_states(self) -> bool:
+        """Whether some layers are recurrent."""
+        return bool(
+            self._llama.llama_model_is_hybrid(self._model)
+            or self._llama.llama_model_is_recurrent(self._model)
+        )
 
     @property
     def native_seconds(self) -> float:
@@ -281,6 +289,80 @@ class LlamaEngine:
 
     def clear(self, slot: int) -> None:
         self._llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def truncate(self, slot: int, position: int) -> None:
+        memory = self._memory
+        if self._llama.llama_memory_seq_pos_max(memory, slot) < position:
+            return
+        if not self._has_states:
+            window = int(self._llama.llama_model_n_swa(self._model))
+            needed = max(0, position + 1 - window) if window else 0
+            if self._llama.llama_memory_seq_pos_min(memory, slot) > needed:
+                raise StageError(
+                    f"the sliding window before position {position} is no longer in memory."
+                )
+        if not self._llama.llama_memory_seq_rm(memory, slot, position, -1):
+            raise StageError(
+                f"a model with recurrent layers cannot go back to an earlier position ({position})."
+            )
+
+    def export(self, slot: int, tokens: int) -> Image:
+        size = int(self._llama.llama_state_seq_get_size(self._context, slot))
+        try:
+            data = np.empty(size, np.uint8)
+        except MemoryError as error:
+            raise StageError(f"no memory for {size} bytes of KV pages.") from error
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = self._llama.llama_state_seq_get_data(self._context, pointer, size, slot)
+        if not size or written != size:
+            raise StageError(f"llama.cpp gave {written} of {size} bytes of a sequence's memory.")
+        image = read_image(data, self._shapes(), tokens)
+        self._layout = image.layout
+        return image
+
+    def _shapes(self) -> list[Shape]:
+        """What the memory of this model may look like; ``read_image`` finds out which it is."""
+        settings = self._config.settings
+        streams = 1 if settings.mode is Mode.NORMAL else settings.sequences
+        window = int(self._llama.llama_model_n_swa(self._model))
+        if self._llama.llama_model_is_recurrent(self._model):
+            return [Shape(0, True, streams, 0)]
+        planar = self._llama.llama_model_rope_type(self._model) in MROPE_TYPES
+        return [
+            Shape(caches, self._has_states, streams, window, planar, values)
+            for values in (True, False)
+            for caches in ((2, 1) if window else (1,))
+        ]
+
+    def blank(self, slot: int, tokens: int) -> Image:
+        if self._layout is None:
+            # Nobody tells a layout but llama.cpp itself, and it only of a sequence with a token.
+            before = self._native_seconds
+            row = [SlotRow(slot, 0, 1, False)]
+            try:
+                if self._config.first:
+                    self.decode(row, np.zeros(1, np.int32), None)
+                else:
+                    self.decode(row, None, np.zeros((1, self._width), np.float32))
+                self.export(slot, 1)
+            finally:
+                self.clear(slot)
+                self._native_seconds = before
+        if self._layout is None:
+            raise StageError("the KV memory of this model cannot be moved.")
+        return blank_image(self._layout, tokens)
+
+    def restore(self, slot: int, image: Image) -> None:
+        size = image.data.nbytes
+        pointer = image.data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        taken = self._llama.llama_state_seq_set_data(self._context, pointer, size, slot)
+        newest = self._llama.llama_memory_seq_pos_max(self._memory, slot)
+        if taken != size or newest != image.tokens - 1:
+            self.clear(slot)
+            raise StageError(
+                f"llama.cpp took {taken} of {size} bytes of a sequence's memory"
+                f" (up to position {newest})."
+            )
 
     def close(self) -> None:
         self._llama.llama_free(self._context)

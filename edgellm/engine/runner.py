@@ -17,8 +17,10 @@ import numpy as np
 
 from edgellm.engine.base import Decoded, Float32, Int32, Sampler, SlotRow, StageConfig, StageEngine
 from edgellm.engine.grouping import decode_groups
+from edgellm.engine.pages import Image, Page, check_page
 from edgellm.errors import EdgeError, RemoteProtocolError, StageError
 from edgellm.types import SamplerSettings
+from edgellm.wire.frames import Buffer
 from edgellm.wire.messages import Result, Row
 
 SamplerFactory = Callable[[SamplerSettings, int], Sampler]
@@ -32,6 +34,14 @@ class _Sequence:
     """Last stage: the prompt and every token sampled so far."""
     sampler: Sampler | None = None
     wants_logits: bool = False
+    opened: bool = False
+    """By ``OpenSequence`` under the plan that is; before, it takes no rows."""
+    incoming: Image | None = None
+    """Pages that are on their way here."""
+    taken: int = 0
+    """How many of them came."""
+    keep: int = 0
+    """Opened while they came: the position from which on they are to be forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,10 @@ class StageFigures:
     sample_s: float = 0.0
     busy_s: float = 0.0
     """All of it, from a step's arrival to its answer."""
+    restored_tokens: int = 0
+    """Positions that came as KV pages; they are not in ``tokens``."""
+    pages_bytes: int = 0
+    """Of KV pages, given and taken."""
 
 
 class StageRunner:
@@ -83,23 +97,157 @@ class StageRunner:
         return len(self._sequences)
 
     def open(
-        self, sequence: int, sampler: SamplerSettings, prompt: Sequence[int], logits: bool
+        self,
+        sequence: int,
+        sampler: SamplerSettings,
+        history: Sequence[int],
+        logits: bool,
+        position: int = 0,
     ) -> None:
-        """Reserve a slot. Raises StageError when all are taken or the id is in use."""
-        if sequence in self._sequences:
+        """Let a sequence take rows; ``history`` is all its tokens so far (last stage).
+
+        A new one gets a slot, and is expected from position 0 on. One that is held already, over a
+        ``rebind`` or as pages, keeps its tokens before ``position`` and forgets the others; while
+        its pages are still on their way that is done when they are there.
+
+        Raises StageError when all slots are taken, when the sequence is open already, or when what
+        it holds cannot be forgotten (then it is closed).
+        """
+        entry = self._sequences.get(sequence)
+        if entry is not None and entry.opened:
             raise StageError(f"sequence {sequence} is already open.")
+        made = None
+        if self._config.last:
+            made = self._make_sampler(sampler, self._engine.vocabulary)
+        try:
+            if entry is None:
+                entry = self._reserve(sequence)
+            elif entry.incoming is not None:
+                entry.keep = position
+            else:
+                self._truncate(entry, position)
+        except EdgeError:
+            if made is not None:
+                made.close()
+            self.close(sequence)
+            raise
+        if entry.sampler is not None:
+            entry.sampler.close()
+        entry.sampler = made
+        entry.history = list(history) if self._config.last else []
+        entry.wants_logits = logits
+        entry.opened = True
+
+    def _reserve(self, sequence: int) -> _Sequence:
         if not self._free:
             raise StageError(
                 f"all {self._config.settings.sequences} sequences of this stage are in use.",
                 hint="Wait for a request to end, or load the model with more sequences.",
             )
-        entry = _Sequence(slot=self._free[-1])
-        if self._config.last:
-            entry.sampler = self._make_sampler(sampler, self._engine.vocabulary)
-            entry.history = list(prompt)
-            entry.wants_logits = logits
-        self._free.pop()
-        self._sequences[sequence] = entry
+        entry = self._sequences[sequence] = _Sequence(slot=self._free.pop())
+        return entry
+
+    def _truncate(self, entry: _Sequence, position: int) -> None:
+        if position >= entry.next_position:
+            return
+        if position:
+            self._engine.truncate(entry.slot, position)
+        else:
+            self._engine.clear(entry.slot)
+        entry.next_position = position
+
+    def rebind(self) -> None:
+        """Another plan holds from now on: sequences are kept, and wait to be opened under it.
+
+        Those whose pages were on their way are forgotten: the rest is for the old plan.
+        """
+        for sequence, entry in list(self._sequences.items()):
+            if entry.incoming is not None:
+                self.close(sequence)
+            entry.opened = False
+
+    def export(self, sequence: int) -> Iterator[tuple[Page, bytes]]:
+        """The pages of a sequence, one by one, as they are asked for.
+
+        Raises StageError when it is not held, or when the engine cannot give it away.
+        """
+        entry = self._sequences.get(sequence)
+        if entry is None or not entry.next_position:
+            raise StageError(f"nothing of sequence {sequence} is held here.")
+        image = self._engine.export(entry.slot, entry.next_position)
+        for page in image.pages:
+            self.figures.pages_bytes += page.nbytes
+            yield page, image.read(page)
+
+    def expect(self, sequence: int, position: int) -> None:
+        """Make room for the pages of a sequence of ``position`` tokens.
+
+        It may be open already, if it holds nothing yet. Raises StageError when it cannot be taken
+        here; a sequence that was not held before is not held then.
+        """
+        if not 0 < position <= self._config.settings.context:
+            raise StageError(
+                f"{position} tokens of sequence {sequence} cannot be taken into a context of"
+                f" {self._config.settings.context}."
+            )
+        entry = self._sequences.get(sequence)
+        if entry is not None and (entry.next_position or entry.incoming is not None):
+            raise StageError(f"sequence {sequence} is held here already.")
+        if entry is None:
+            entry = self._reserve(sequence)
+        try:
+            entry.incoming = self._engine.blank(entry.slot, position)
+        except EdgeError:
+            self.close(sequence)
+            raise
+        entry.taken = 0
+        entry.keep = position
+
+    def take_page(
+        self,
+        sequence: int,
+        payload: Buffer,
+        *,
+        index: int,
+        pages: int,
+        kind: str,
+        position: int,
+        count: int,
+    ) -> int:
+        """Put a page in its place. Returns the tokens that are held, once it was the last one,
+        before that 0; 0 as well for a sequence that expects none (closed a moment ago).
+
+        Raises StageError for a page that is not the next one, or not of its place or size: all of
+        that before anything of it reaches the engine, and the sequence is to be closed.
+        """
+        entry = self._sequences.get(sequence)
+        if entry is None or entry.incoming is None:
+            return 0
+        image = entry.incoming
+        if index != entry.taken:
+            raise StageError(f"KV page {index} came, page {entry.taken} was expected.")
+        page = image.pages[index]
+        check_page(page, kind=kind, position=position, count=count, pages=pages)
+        image.write(page, payload)
+        entry.taken += 1
+        if entry.taken < len(image.pages):
+            return 0
+        entry.incoming = None
+        image.check()
+        self._engine.restore(entry.slot, image)
+        entry.next_position = image.tokens
+        self.figures.restored_tokens += image.tokens
+        self.figures.pages_bytes += sum(page.nbytes for page in image.pages)
+        self._truncate(entry, entry.keep)
+        return entry.next_position
+
+    def pages_bytes_of(self, sequence: int) -> tuple[int, int]:
+        """(bytes, pages) that are expected of a sequence; zeros when none are."""
+        entry = self._sequences.get(sequence)
+        if entry is None or entry.incoming is None:
+            return 0, 0
+        pages = entry.incoming.pages
+        return sum(page.nbytes for page in pages), len(pages)
 
     def close(self, sequence: int) -> None:
         """Free a sequence's slot and KV; unknown ones are ignored (closing twice is harmless)."""
@@ -172,6 +320,10 @@ class StageRunner:
 
     def _refusal(self, row: Row, entry: _Sequence) -> EdgeError | None:
         settings = self._config.settings
+        if entry.incoming is not None:
+            return StageError(f"sequence {row.sequence}: rows arrived before all its KV pages.")
+        if not entry.opened:
+            return StageError(f"sequence {row.sequence} is not open under this plan.")
         if row.position != entry.next_position:
             return StageError(
                 f"sequence {row.sequence}: position {row.position} arrived,"

@@ -7,6 +7,7 @@ else of the stage.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,13 @@ from edgellm.engine.base import Float32, StageConfig, StageEngine
 from edgellm.engine.runner import Outcome, SamplerFactory, StageRunner
 from edgellm.errors import EdgeError, LocalProtocolError, StageError
 from edgellm.types import Activations, LayerSpan
+from edgellm.wire.care import (
+    ExpectSequence,
+    ExportSequence,
+    KvPage,
+    Rebind,
+    SequenceImported,
+)
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     NO_SEQUENCE,
@@ -39,6 +47,18 @@ from edgellm.wire.tensors import decode_rows, decode_tokens, encode_logits, enco
 
 EngineFactory = Callable[[StageConfig], StageEngine]
 EngineTable = Mapping[str, tuple[EngineFactory, SamplerFactory]]
+
+_OF_A_PLAN = (
+    Step,
+    Hidden,
+    OpenSequence,
+    CloseSequence,
+    Rebind,
+    ExportSequence,
+    ExpectSequence,
+    KvPage,
+)
+"""What is stale when it is of another plan than the stage's, and dropped then."""
 
 
 class StageServer:
@@ -66,20 +86,34 @@ class StageServer:
         """Carry out one message. Never raises EdgeError: failures are yielded as reports."""
         sequence = getattr(message, "sequence", -1)
         try:
-            if isinstance(message, Step | Hidden):
-                yield from self._step(message)
-            elif isinstance(message, OpenSequence):
-                self._open(message)
-            elif isinstance(message, CloseSequence):
-                self._loaded()[0].close(message.sequence)
-            elif isinstance(message, StartEngine):
+            if isinstance(message, StartEngine):
                 yield self._start(message)
             elif isinstance(message, QueryStats):
                 yield self._stats(message)
+            elif isinstance(message, _OF_A_PLAN):
+                self._loaded()
+                if message.epoch == self._epoch:
+                    yield from self._of_this_plan(message)
             else:
                 raise LocalProtocolError(f"a stage does not take {type(message).__name__}.")
         except EdgeError as error:
             yield ErrorReport(self._epoch, sequence, error.to_dict())
+
+    def _of_this_plan(self, message: Message) -> Iterator[Message]:
+        if isinstance(message, Step | Hidden):
+            yield from self._step(message)
+        elif isinstance(message, OpenSequence):
+            self._open(message)
+        elif isinstance(message, CloseSequence):
+            self._loaded()[0].close(message.sequence)
+        elif isinstance(message, Rebind):
+            yield self._rebind(message)
+        elif isinstance(message, ExportSequence):
+            yield from self._export(message)
+        elif isinstance(message, ExpectSequence):
+            self._loaded()[0].expect(message.sequence, message.position)
+        elif isinstance(message, KvPage):
+            yield from self._take(message)
 
     def _loaded(self) -> tuple[StageRunner, StageConfig]:
         if self._runner is None or self._config is None:
@@ -113,7 +147,55 @@ class StageServer:
             sampler_from_plain(message.sampler),
             decode_tokens(message.payload, config.vocab).tolist() if config.last else (),
             message.logits,
+            message.position,
         )
+
+    def _rebind(self, message: Rebind) -> StageReady:
+        """From here on, frames of the old plan are stale."""
+        self._loaded()[0].rebind()
+        self._epoch, self._index = message.new_epoch, message.index
+        return StageReady(self._epoch, self._index, resident_peak(), {"load_s": 0.0})
+
+    def _export(self, message: ExportSequence) -> Iterator[KvPage]:
+        runner, config = self._loaded()
+        for page, payload in runner.export(message.sequence):
+            yield KvPage(
+                epoch=message.new_epoch,
+                sequence=message.sequence,
+                model=config.model,
+                first=config.span.first,
+                end=config.span.end,
+                kv_type=config.settings.kv_type,
+                kind=page.kind,
+                position=page.position,
+                count=page.count,
+                index=page.index,
+                pages=page.pages,
+                digest=hashlib.sha256(payload).hexdigest(),
+                payload=payload,
+            )
+
+    def _take(self, page: KvPage) -> Iterator[Message]:
+        runner, config = self._loaded()
+        nbytes, pages = runner.pages_bytes_of(page.sequence)
+        if not pages:
+            return  # of a sequence that was closed a moment ago
+        try:
+            _check_origin(page, config)
+            position = runner.take_page(
+                page.sequence,
+                page.payload,
+                index=page.index,
+                pages=page.pages,
+                kind=page.kind,
+                position=page.position,
+                count=page.count,
+            )
+        except EdgeError as error:
+            yield from self._fail([page.sequence], error)
+            return
+        if position:
+            yield SequenceImported(self._epoch, page.sequence, position, nbytes, pages)
 
     def refuse(self, frame: Frame, error: EdgeError) -> Iterator[Message]:
         """Answer a frame that could not be decoded: if it has rows, those sequences fail."""
@@ -134,8 +216,6 @@ class StageServer:
 
     def _step(self, message: Step | Hidden) -> Iterator[Message]:
         _, config = self._loaded()
-        if message.epoch != self._epoch:
-            return
         try:
             for outcome in self._outcomes(message):
                 yield from self._messages(outcome, config)
@@ -202,6 +282,8 @@ class StageServer:
                 "sample_s": figures.sample_s,
                 "steps": figures.steps,
                 "tokens": figures.tokens,
+                "restored_tokens": figures.restored_tokens,
+                "pages_bytes": figures.pages_bytes,
                 "peak_bytes": resident_peak(),
             },
         )
@@ -232,6 +314,20 @@ def _check_shape(engine: StageEngine, config: StageConfig) -> None:
         )
 
 
+def _check_origin(page: KvPage, config: StageConfig) -> None:
+    """Raises StageError unless a page is whole, and of this stage's layers of this model."""
+    theirs = (page.model, page.first, page.end, page.kv_type)
+    ours = (config.model, config.span.first, config.span.end, config.settings.kv_type)
+    if theirs != ours:
+        raise StageError(
+            f"a KV page is of layers {page.first} to {page.end - 1} of model"
+            f" {page.model[:12]!r} in {page.kv_type}; this stage has {ours[1]} to {ours[2] - 1} of"
+            f" {ours[0][:12]!r} in {ours[3]}."
+        )
+    if hashlib.sha256(page.payload).hexdigest() != page.digest:
+        raise StageError(f"KV page {page.index} is not what its digest says.")
+
+
 def _pin(processors: tuple[int, ...]) -> None:
     if hasattr(os, "sched_setaffinity"):
         try:
@@ -259,6 +355,7 @@ def stage_config_to(config: StageConfig, epoch: int, index: int) -> dict[str, An
         "residual": config.residual,
         "input_node": config.input_node,
         "embedding_scale": config.embedding_scale,
+        "model": config.model,
         "settings": settings_to_plain(config.settings),
     }
 
@@ -276,5 +373,6 @@ def stage_config_from(data: Mapping[str, Any]) -> StageConfig:
         residual=str(data["residual"]),
         input_node=str(data["input_node"]),
         embedding_scale=float(data["embedding_scale"]),
+        model=str(data["model"]),
         settings=settings_from_plain(data["settings"]),
     )

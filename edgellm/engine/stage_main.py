@@ -16,6 +16,7 @@ from edgellm.engine.childside import open_channel
 from edgellm.engine.server import EngineTable, StageServer
 from edgellm.errors import EdgeError
 from edgellm.types import SamplerSettings
+from edgellm.wire.care import KvPage
 from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Buffer, Frame, FrameDecoder
 from edgellm.wire.messages import (
     DEFAULT_PAYLOAD_LIMITS,
@@ -30,6 +31,7 @@ from edgellm.wire.messages import (
     encode,
     kind_of,
 )
+from edgellm.wire.tags_care import MAX_PAGE_BYTES
 
 
 def _llama(config: StageConfig) -> StageEngine:
@@ -96,6 +98,7 @@ def serve(channel: Pipe, server: Serving) -> None:
     decoder = FrameDecoder(DEFAULT_PAYLOAD_LIMITS)
     # The node has checked sizes against the plan; what comes through this pipe is its word.
     decoder.set_payload_limit(kind_of(Hidden), MAX_PAYLOAD_BYTES)
+    decoder.set_payload_limit(kind_of(KvPage), MAX_PAGE_BYTES)
     waiting: deque[Frame] = deque()
     while True:
         while not waiting:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
+from edgellm.engine.pages import Cache, Image, Layout, Tensor
 from edgellm.errors import StageError
 
 WIDTH = 8
@@ -30,6 +31,10 @@ class StubEngine:
         self._delay = _delay_of(config.shard)
         self._native_seconds = 0.0
         self._states: dict[int, list[int]] = {}
+        self._cells: dict[int, list[list[int]]] = {}
+        """By slot and position: what each layer mixed into its state."""
+        tensor = Tensor(b"", 2 * len(config.span))
+        self._layout = Layout((Cache(1, 0, False, b"", (tensor,)),))
 
     @property
     def width(self) -> int:
@@ -65,18 +70,18 @@ class StubEngine:
         at = 0
         for row in rows:
             states = self._states.setdefault(row.slot, [1] * len(self._config.span))
+            cells = self._cells.setdefault(row.slot, [])
             for offset in range(row.count):
                 vector = mixed[at + offset]
+                cell = []
                 for index in range(len(self._config.span)):
                     layer = self._config.span.first + index
-                    states[index] = (
-                        states[index] * 31
-                        + int(vector @ (_LANES + 1))
-                        + 7 * (row.position + offset + 1)
-                        + layer
-                    ) % _MODULUS
+                    mixing = int(vector @ (_LANES + 1)) + 7 * (row.position + offset + 1) + layer
+                    cell.append(mixing % _MODULUS)
+                    states[index] = _mix(states[index], cell[-1])
                     vector = (vector * 3 + states[index] + _LANES) % _MODULUS
                 mixed[at + offset] = vector
+                cells.append(cell)
             at += row.count
             if self._config.last and row.output:
                 logits.append(_scores(mixed[at - 1]))
@@ -88,9 +93,36 @@ class StubEngine:
 
     def clear(self, slot: int) -> None:
         self._states.pop(slot, None)
+        self._cells.pop(slot, None)
+
+    def truncate(self, slot: int, position: int) -> None:
+        self._hold(slot, self._cells.get(slot, [])[:position])
+
+    def _hold(self, slot: int, cells: list[list[int]]) -> None:
+        """The state follows from all cells, so that a wrong or missing one changes every token."""
+        states = [1] * len(self._config.span)
+        for cell in cells:
+            states = [_mix(state, mixing) for state, mixing in zip(states, cell, strict=True)]
+        self._cells[slot], self._states[slot] = cells, states
+
+    def export(self, slot: int, tokens: int) -> Image:
+        cells = self._cells.get(slot, [])
+        if len(cells) != tokens:
+            raise StageError(f"slot {slot} holds {len(cells)} tokens, not {tokens}.")
+        image = self.blank(slot, tokens)
+        image.cells(0, 0)[:] = np.array(cells, "<u2").view(np.uint8)
+        return image
+
+    def blank(self, slot: int, tokens: int) -> Image:
+        data = np.empty(tokens * self._layout.cell_bytes, np.uint8)
+        return Image(self._layout, tokens, data, [[0]], [], [None])
+
+    def restore(self, slot: int, image: Image) -> None:
+        self._hold(slot, image.cells(0, 0).copy().view("<u2").astype(int).tolist())
 
     def close(self) -> None:
         self._states.clear()
+        self._cells.clear()
 
 
 class StubSampler:
@@ -101,6 +133,10 @@ class StubSampler:
 
     def close(self) -> None:
         pass
+
+
+def _mix(state: int, mixing: int) -> int:
+    return (state * 31 + mixing) % _MODULUS
 
 
 def _scores(vector: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Float32:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from edgellm.errors import (
     DeadlineError,
@@ -19,6 +19,7 @@ from edgellm.errors import (
     error_from_dict,
 )
 from edgellm.runtime.exchange import TensorExchange
+from edgellm.runtime.loading import load_request, rebind_request
 from edgellm.runtime.peers import Link, ModelSource, Peer
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.questions import Questions
@@ -28,12 +29,13 @@ from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.shares import Share, Shares
 from edgellm.transport.base import Transport
 from edgellm.types import Epoch, Plan
+from edgellm.wire.care import Rebind, SequenceImported
+from edgellm.wire.connection import Timeouts
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     NO_SEQUENCE,
     DeviceInfo,
     ErrorReport,
-    FileWanted,
     LoadProgress,
     LoadStage,
     Message,
@@ -43,13 +45,17 @@ from edgellm.wire.messages import (
     Tokens,
     kind_of,
 )
-from edgellm.wire.plain import settings_to_plain
 from edgellm.wire.tensors import LOGIT_BYTES
+from edgellm.wire.trust import Goodbye
 
 LOAD_WITHIN_S = 6 * 3600.0
 """Longest load at all; tens of gigabytes over a slow Wi-Fi take hours."""
 STALL_S = 300.0
 """Longest time that a load may go without any device telling of progress."""
+PAGES = "pages"
+"""What a device calls it when it tells of KV pages that come."""
+ATTENTIVE = Timeouts(ping_after_s=0.5, dead_after_s=5.0)
+"""Devices that may have a stage are asked for signs of life more often than others."""
 Progress = Callable[[str, LoadProgress], None]
 """Told (device name, how far its part of the load is)."""
 
@@ -62,8 +68,11 @@ def new_epoch() -> Epoch:
 class Coordinator:
     """Connects to devices and loads plans; a ``SessionHandler`` for its connections."""
 
-    def __init__(self, transport: Transport, me: Introduction) -> None:
+    def __init__(
+        self, transport: Transport, me: Introduction, timeouts: Timeouts = ATTENTIVE
+    ) -> None:
         self._transport = transport
+        self._timeouts = timeouts
         self._me = me
         self._peers: dict[str, Peer] = {}
         self._pipelines: dict[int, Pipeline] = {}
@@ -81,7 +90,9 @@ class Coordinator:
         return self._peers
 
     async def _dial(self, host: str, port: int) -> Session:
-        return await Session.dial(self._transport, host, port, self._me, self)
+        return await Session.dial(
+            self._transport, host, port, self._me, self, timeouts=self._timeouts
+        )
 
     async def _dial_device(self, peer: PeerAddress) -> Session:
         return (await reach(self._dial, [(peer.host, peer.port)], peer.device_id)).session
@@ -94,7 +105,9 @@ class Coordinator:
         ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError,
         RemoteProtocolError for a device that says two things of itself.
         """
-        session = await Session.dial(via or self._transport, host, port, self._me, self)
+        session = await Session.dial(
+            via or self._transport, host, port, self._me, self, timeouts=self._timeouts
+        )
         return await self._adopt(session, host, port, how)
 
     async def connect_to(
@@ -119,9 +132,13 @@ class Coordinator:
 
     async def refresh(self, peer: Peer) -> Peer:
         """The device with what it says of itself now. Raises PeerLostError."""
-        info = dataclasses.replace(await self._ask(peer.session), name=peer.info.name)
-        fresh = self._peers[info.name] = dataclasses.replace(peer, info=info)
+        fresh = self._peers[peer.info.name] = await self.ask(peer)
         return fresh
+
+    async def ask(self, peer: Peer) -> Peer:
+        """The same, but what is known of it here stays as it is."""
+        info = dataclasses.replace(await self._ask(peer.session), name=peer.info.name)
+        return dataclasses.replace(peer, info=info)
 
     async def measure_link(self, source: Peer, target: Peer) -> Link:
         """Have ``source`` measure its link to ``target``. Raises PeerLostError."""
@@ -180,21 +197,80 @@ class Coordinator:
         its own disk, at ``source.path``. Raises the first stage's error, or DeadlineError.
         """
         self._progress = progress or self._progress
+        pipeline = self._admit_plan(plan, source, share)
+        stages = range(len(plan.stages))
+        await self._join(pipeline, lambda: self._loads(pipeline, source, share, stages))
+        return pipeline
+
+    async def take_over(
+        self,
+        former: Pipeline,
+        plan: Plan,
+        source: ModelSource,
+        share: Share | None,
+        fresh: Collection[int],
+    ) -> Pipeline:
+        """Load the ``fresh`` stages of a plan; the others, which have the same layers on the same
+        devices as in ``former``, go over to it with all that they hold.
+
+        Raises like ``load``; whatever is left of ``former`` is the caller's to unload.
+        """
+        pipeline = self._admit_plan(plan, source, share)
+        # At once: a stage that has lost the next one waits for its new part for seconds only.
+        await self._join(
+            pipeline,
+            lambda: {
+                **self._loads(pipeline, source, share, fresh),
+                **self._rebinds(pipeline, former.plan.epoch, fresh),
+            },
+        )
+        return pipeline
+
+    async def prepare(
+        self, plan: Plan, source: ModelSource, share: Share | None, fresh: Collection[int]
+    ) -> Pipeline:
+        """The first half of ``take_over``: the fresh stages are loaded, the former plan goes on."""
+        pipeline = self._admit_plan(plan, source, share)
+        await self._join(pipeline, lambda: self._loads(pipeline, source, share, fresh))
+        return pipeline
+
+    async def go_over(self, pipeline: Pipeline, former: Pipeline, fresh: Collection[int]) -> None:
+        """The other half."""
+        if pipeline.failed is not None:
+            raise pipeline.failed
+        await self._join(pipeline, lambda: self._rebinds(pipeline, former.plan.epoch, fresh))
+
+    def _admit_plan(self, plan: Plan, source: ModelSource, share: Share | None) -> Pipeline:
+        """A pipeline that is known here, with no stage yet."""
         peers = [self._peer(stage.device) for stage in plan.stages]
         pipeline = Pipeline(plan, [peer.session for peer in peers], source.vocab)
-        loop = asyncio.get_running_loop()
-        waiting = [loop.create_future() for _ in peers]
+        self._pipelines[plan.epoch] = pipeline
+        if share is not None:
+            self.shares.add(plan.epoch, share)
         try:
-            self._pipelines[plan.epoch] = pipeline
-            if share is not None:
-                self.shares.add(plan.epoch, share)
             logits_bytes = plan.settings.sequences * source.vocab * LOGIT_BYTES
             pipeline.last.allow_payloads({kind_of(Tokens): logits_bytes})
-            for index, peer in enumerate(peers):
-                self._loading[plan.epoch, index] = waiting[index]
-                files = share.files[index] if share is not None else ()
-                peer.session.send(self._request(plan, source, peers, index, files))
-            pipeline.loads = await self._loaded(waiting)
+        except EdgeError:
+            self.unload(pipeline)
+            raise
+        return pipeline
+
+    async def _join(
+        self, pipeline: Pipeline, words: Callable[[], Mapping[int, LoadStage | Rebind]]
+    ) -> None:
+        """Say ``words`` to stages, by their index, and wait until each is ready. Where that fails,
+        the plan is unloaded."""
+        loop, epoch = asyncio.get_running_loop(), pipeline.plan.epoch
+        waiting: dict[int, asyncio.Future[StageReady]] = {}
+        try:
+            for index, message in words().items():
+                self._loading[epoch, index] = waiting[index] = loop.create_future()
+                pipeline.sessions[index].send(message)
+            if pipeline.failed is not None:
+                raise pipeline.failed
+            ready = await self._loaded(list(waiting.values()))
+            for index, figures in zip(waiting, ready, strict=True):
+                pipeline.loads = (*pipeline.loads[:index], figures, *pipeline.loads[index + 1 :])
         except TimeoutError as error:
             self.unload(pipeline)
             raise DeadlineError("the stages were not loaded in time.") from error
@@ -202,12 +278,11 @@ class Coordinator:
             self.unload(pipeline)
             raise
         finally:
-            for index in range(len(peers)):
-                self._loading.pop((plan.epoch, index), None)
-            for future in waiting:
+            for index in waiting:
+                self._loading.pop((epoch, index), None)
+            for future in waiting.values():
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # one error is raised, the others are its echo
-        return pipeline
 
     async def _loaded(
         self, waiting: Sequence[asyncio.Future[StageReady]]
@@ -234,46 +309,36 @@ class Coordinator:
             raise PeerLostError("it is not connected any more.", device=device)
         return peer
 
-    def _request(
+    def _loads(
         self,
-        plan: Plan,
+        pipeline: Pipeline,
         source: ModelSource,
-        peers: Sequence[Peer],
-        index: int,
-        files: Sequence[FileWanted],
-    ) -> LoadStage:
-        span = plan.stages[index].span
-        after = peers[index + 1] if index + 1 < len(peers) else None
-        settings = dataclasses.replace(
-            plan.settings, threads=plan.settings.threads or peers[index].info.cores
-        )
-        return LoadStage(
-            epoch=plan.epoch,
-            index=index,
-            stage_count=len(peers),
-            first=span.first,
-            end=span.end,
-            layers=plan.layers,
-            model={
-                "engine": source.engine,
-                "name": source.name,
-                "path": source.path if peers[index].session.local or not source.digest else "",
-                "digest": source.digest,
-            },
-            settings=settings_to_plain(settings),
-            next_host=after.host if after else "",
-            next_port=after.port if after else 0,
-            width=source.width,
-            vocab=source.vocab,
-            deadline_s=LOAD_WITHIN_S,
-            next_id=after.info.device_id if after else "",
-            previous_id=peers[index - 1].info.device_id if index else "",
-            files=tuple(files),
-            sources=tuple(
-                PeerAddress(peer.info.device_id, peer.info.name, peer.host, peer.port)
-                for peer in self._peers.values()
-            ),
-        )
+        share: Share | None,
+        indices: Iterable[int],
+    ) -> dict[int, LoadStage | Rebind]:
+        plan = pipeline.plan
+        peers = [self._peer(stage.device) for stage in plan.stages]
+        known = list(self._peers.values())
+        return {
+            index: load_request(
+                plan,
+                source,
+                peers,
+                index,
+                share.files[index] if share else (),
+                known,
+                LOAD_WITHIN_S,
+            )
+            for index in indices
+        }
+
+    def _rebinds(
+        self, pipeline: Pipeline, epoch: int, fresh: Collection[int]
+    ) -> dict[int, LoadStage | Rebind]:
+        """Words to the stages that go over from the plan ``epoch``: all but the fresh ones."""
+        peers = [self._peer(stage.device) for stage in pipeline.plan.stages]
+        others = (index for index in range(len(peers)) if index not in fresh)
+        return {index: rebind_request(pipeline.plan, epoch, peers, index) for index in others}
 
     def unload(self, pipeline: Pipeline) -> None:
         """Free a plan's stages everywhere."""
@@ -308,7 +373,16 @@ class Coordinator:
         elif isinstance(message, LoadProgress):
             if self._named(session, message):
                 self._heard = asyncio.get_running_loop().time()
-                self._progress(self.name_of(session), message)
+                if message.part == PAGES:
+                    self._pipelines[message.epoch].on_handed(session, message)
+                else:
+                    self._progress(self.name_of(session), message)
+        elif isinstance(message, SequenceImported):
+            pipeline = self._pipelines.get(message.epoch)
+            if pipeline is not None:
+                pipeline.on_handed(session, message)
+        elif isinstance(message, Goodbye):
+            self._on_goodbye(session, message)
         elif isinstance(message, StageStats):
             if pipeline := self._named(session, message):
                 pipeline.on_stats(message)
@@ -337,13 +411,22 @@ class Coordinator:
         else:
             self._fail(pipeline, error)
 
+    def _on_goodbye(self, session: Session, message: Goodbye) -> None:
+        """A device will end on purpose: whoever uses its stages may take them elsewhere."""
+        device = self.name_of(session)
+        for pipeline in list(self._pipelines.values()):
+            if session in pipeline.sessions:
+                pipeline.on_goodbye(device, message.reason, message.within_s)
+
     def _fail(self, pipeline: Pipeline, error: EdgeError) -> None:
-        """A plan without one of its stages is of no use: every device frees its own at once."""
+        """A plan without one of its stages is of no use: every device frees its own at once,
+        unless somebody watches over it who may go on from what is left."""
         pipeline.on_error(NO_SEQUENCE, error)
         for (epoch, _), future in self._loading.items():
             if epoch == pipeline.plan.epoch and not future.done():
                 future.set_exception(error)
-        self.unload(pipeline)
+        if not pipeline.watched:
+            self.unload(pipeline)
 
     def on_session_closed(self, session: Session) -> None:
         """Every plan that needs this device has failed."""

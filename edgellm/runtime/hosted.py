@@ -7,17 +7,14 @@ connection as the frames they came in, and back the same way on arrival.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import os
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgellm.engine.base import StageConfig
-from edgellm.engine.host import HostFactory, StageHost
+from edgellm.engine.host import StageHost
 from edgellm.engine.server import stage_config_to
 from edgellm.errors import (
     DeadlineError,
@@ -27,19 +24,23 @@ from edgellm.errors import (
     StageError,
     error_from_dict,
 )
-from edgellm.runtime.exchange import TensorExchange
+from edgellm.runtime import terms
+from edgellm.runtime.downstream import BackPressure, Downstream
+from edgellm.runtime.handover import Handover
 from edgellm.runtime.session import Session
 from edgellm.runtime.stagefiles import StageFilesMaker
-from edgellm.store.cache import ShardCache
+from edgellm.runtime.stageparts import StageParts
 from edgellm.store.shards import ShardFiles
-from edgellm.types import LayerSpan, Mode, Weights
-from edgellm.wire.frames import MAX_PAYLOAD_BYTES, Frame
+from edgellm.wire import care
+from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
+    NO_SEQUENCE,
     CloseSequence,
     ErrorReport,
     Hidden,
     LoadProgress,
     LoadStage,
+    Message,
     OpenSequence,
     PeerAddress,
     StageReady,
@@ -49,39 +50,20 @@ from edgellm.wire.messages import (
     decode,
     encode,
     kind_of,
-    payload_limits,
 )
-from edgellm.wire.plain import settings_from_plain
+
+__all__ = ["GRACE_S", "HostedStage", "StageParts"]
 
 HIDDEN_KIND = kind_of(Hidden)
 TOKENS_KIND = kind_of(Tokens)
-MIN_UNSENT_BYTES = 4 << 20
-CELL_STEP = 256
-"""llama.cpp rounds the KV cells of a sequence up to a multiple of this."""
-MAX_CELLS = (1 << 31) - 1
-"""It counts the cells of all sequences in 32 bits, with a sign in places."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageParts:
-    """What a hosted stage needs from its node."""
-
-    device: str
-    start_host: HostFactory
-    device_id: str
-    cache: ShardCache
-    exchange: TensorExchange
-    dial: Callable[[PeerAddress], Awaitable[Session]]
-    """Connects to the next stage's node, and to those that hold tensors."""
-    threads: int = 0
-    """This device's own limit; 0: what the plan says."""
-    pin: tuple[int, ...] = ()
-    plain_weights: Callable[[], bool] = lambda: False
-    """Whether this device computes faster with ``Weights.PLAIN``."""
+GRACE_S = 20.0
+"""How long a stage waits for its coordinator to give it another next stage."""
+REBIND_WITHIN_S = 60.0
+"""Longest time for going over to another plan: a chunk may be under way in the stage."""
 
 
 class HostedStage:
-    """From ``LoadStage`` to ``UnloadStage``; ends itself when its process or a link ends."""
+    """From ``LoadStage`` to ``UnloadStage``; ends itself when its process ends."""
 
     def __init__(
         self,
@@ -90,41 +72,38 @@ class HostedStage:
         parts: StageParts,
         on_broken: Callable[[HostedStage], None],
     ) -> None:
-        """``on_broken`` is called when a loaded stage is of no use any more, after it has said
-        so to the coordinator: its process or its link to the next stage is gone."""
+        """``on_broken`` is called when a stage is of no use any more, after it has said so to the
+        coordinator: its process is gone, or the next stage while it was loaded."""
         self.epoch = request.epoch
         self.coordinator = coordinator
         self._request = request
         self._parts = parts
         self._on_broken = on_broken
+        self._loop = asyncio.get_running_loop()
         self._upstream: Session | None = None
         self._host: StageHost | None = None
         self._files: StageFilesMaker | None = None
-        self._next: Session | None = None
-        self._ready: asyncio.Future[StageReady] = asyncio.get_running_loop().create_future()
+        self._pressure = BackPressure()
+        self._downstream = Downstream(self._pressure, self._next_lost, self._report)
+        self._handover = Handover(request, parts.dial, self._pressure, self._report, self._tell)
+        self._ready: asyncio.Future[StageReady] = self._loop.create_future()
+        """The stage process is ready for the plan of the moment."""
         self._loading: asyncio.Task[None] | None = None
-        self._congested: asyncio.Task[None] | None = None
+        self._rebinding: asyncio.Task[None] | None = None
         self._deadlines: dict[int, float] = {}
+        self._lapses_at: float | None = None
+        self._loaded = False
         self._closed = False
         self._memory_bytes = 0
-        self._since = asyncio.get_running_loop().time()
-        settings = settings_from_plain(request.settings)
-        most = parts.threads or os.cpu_count() or 1
-        threads = min(settings.threads or most, most)
-        if settings.weights is Weights.AUTO:
-            # In reference mode the bits are those of llama.cpp as it comes.
-            plain = settings.mode is Mode.NORMAL and parts.plain_weights()
-            weights = Weights.PLAIN if plain else Weights.REPACKED
-            settings = dataclasses.replace(settings, weights=weights)
-        settings = dataclasses.replace(settings, threads=threads, pin=parts.pin)
-        self.payload_limits = payload_limits(
-            chunk=settings.chunk, width=request.width, activations=settings.activations
+        self._since = self._loop.time()
+        self._settings = terms.settings_here(
+            request,
+            threads=parts.threads or os.cpu_count() or 1,
+            pin=parts.pin,
+            plain_weights=parts.plain_weights,
         )
-        """What this plan allows the stage before to send, bytes by kind."""
-        chunk_bytes = self.payload_limits[HIDDEN_KIND]
-        window = (request.stage_count + 2) * settings.sequences
-        self._settings = settings
-        self._most_unsent = max(MIN_UNSENT_BYTES, window * chunk_bytes)
+        self._rows_limits = terms.rows_limits(request, self._settings)
+        self._most_unsent = terms.most_unsent(request, self._settings)
 
     @property
     def label(self) -> str:
@@ -138,12 +117,7 @@ class HostedStage:
 
     def describe(self, now: float) -> dict[str, Any]:
         """What it is, for people who ask (``edgellm ps``)."""
-        request = self._request
-        return {
-            "model": str(request.model.get("name", ""))[:200],
-            "layers": [request.first, request.end],
-            "stage": request.index,
-            "stages": request.stage_count,
+        return terms.about(self._request) | {
             "memory_bytes": self._memory_bytes,
             "coordinator": self.coordinator.peer.name,
             "since_s": round(now - self._since, 1),
@@ -162,24 +136,19 @@ class HostedStage:
         self._upstream = session
         return True
 
+    def payload_limits(self, session: Session) -> Mapping[int, int]:
+        """What this peer may send it, bytes by kind."""
+        limits = dict(self._handover.limits(session))
+        if not self.first and self.takes_rows_from(session):
+            limits |= self._rows_limits
+        return limits
+
     def refusal(self) -> EdgeError | None:
         """Why a plan with such numbers can not be loaded here, or anywhere; None if it can."""
-        request, settings = self._request, self._settings
-        cells = -(-settings.context // CELL_STEP) * CELL_STEP * settings.sequences
-        problem = ""
-        if not self.first and not request.previous_id:
-            problem = "the plan does not say which device has the stage before"
-        elif self.payload_limits[HIDDEN_KIND] > MAX_PAYLOAD_BYTES:
-            problem = (
-                f"chunks of {settings.chunk} rows of {request.width} values are over the"
-                f" protocol's limit of {MAX_PAYLOAD_BYTES} bytes"
-            )
-        elif cells > MAX_CELLS:
-            problem = (
-                f"{settings.sequences} sequences of {settings.context} tokens are more than"
-                f" {MAX_CELLS} KV cells"
-            )
+        problem = terms.refusal(self._request, self._settings)
         return StageError(f"{problem}.", device=self._parts.device) if problem else None
+
+    # --- loading, and going over to another plan --------------------------------------
 
     async def load(self) -> None:
         """Start, fetch, link, load; answers ``StageReady`` to the coordinator.
@@ -193,14 +162,11 @@ class HostedStage:
             async with asyncio.timeout(request.deadline_s):
                 # The process imports its libraries while the files are looked at, or fetched.
                 self._host = await self._parts.start_host(self.label)
+                self._pressure.hold(self._host)
                 self._host.receive_with(self._on_frame, self._on_end)
                 config = await self._config()
                 self._tell("load", 0, 0)
-                if request.next_port:
-                    self._next = await self._parts.dial(
-                        PeerAddress(request.next_id, "", request.next_host, request.next_port)
-                    )
-                    self._next.on_close(self._next_lost)
+                await self._link()
                 start = StartEngine(stage_config_to(config, request.epoch, request.index))
                 self._host.send(encode(start))
                 ready = await self._ready
@@ -209,48 +175,87 @@ class HostedStage:
                 f"{self.label} was not loaded within {request.deadline_s:.0f} s.",
                 device=self._parts.device,
             ) from error
-        self._memory_bytes = ready.memory_bytes
         figures = {**ready.figures, "total_s": time.perf_counter() - started}
         if self._files is not None:
             figures |= self._files.figures.to_plain()
-        self.coordinator.send(StageReady(request.epoch, request.index, ready.memory_bytes, figures))
+        self._loaded = True
+        self._say_ready(ready, figures)
+
+    async def _link(self) -> None:
+        """Connect to the next stage, where there is one and it is not connected."""
+        request = self._request
+        if request.next_port and not self._downstream.leads_to(request.next_id):
+            peer = PeerAddress(request.next_id, "", request.next_host, request.next_port)
+            self._downstream.use(await self._parts.dial(peer))
+
+    def _say_ready(self, ready: StageReady, figures: dict[str, float]) -> None:
+        self._memory_bytes = ready.memory_bytes
+        self.coordinator.send(
+            StageReady(self.epoch, self._request.index, ready.memory_bytes, figures)
+        )
 
     def _tell(self, part: str, done: int, total: int) -> None:
-        """Tell the coordinator how far the load is."""
+        """Tell the coordinator how far something that takes long is."""
         request = self._request
         if not self._closed:
             self.coordinator.send(LoadProgress(request.epoch, request.index, part, done, total))
 
     async def _config(self) -> StageConfig:
         request = self._request
-        span = LayerSpan(request.first, request.end)
-        engine = str(request.model.get("engine", "llama"))
         files = ShardFiles(Path(str(request.model.get("path", ""))))
-        if engine == "llama":
-            parts = self._parts
-            self._files = StageFilesMaker(
-                request,
-                self.coordinator,
-                own_id=parts.device_id,
-                cache=parts.cache,
-                exchange=parts.exchange,
-                dial=parts.dial,
-                tell=self._tell,
-            )
+        if terms.engine_of(request) == "llama":
+            self._files = self._parts.files_of(request, self.coordinator, self._tell)
             files = await self._files.make()
-        return StageConfig(
-            engine=engine,
-            span=span,
-            layers=request.layers,
-            width=request.width,
-            vocab=request.vocab,
-            settings=self._settings,
-            shard=str(files.shard),
-            embedding=str(files.embedding or ""),
-            residual=files.residual,
-            input_node=files.input_node,
-            embedding_scale=files.embedding_scale,
-        )
+        return terms.stage_config(request, self._settings, files)
+
+    def rebind(self, message: care.Rebind) -> None:
+        """Go over to another plan with process and KV as they are: what came before belongs to the
+        old epoch, what comes from now on to the new one. ``StageReady`` follows, or a report.
+
+        Raises StageError, with nothing changed, where this stage cannot have the part it is given.
+        """
+        if self._host is None or not self._loaded:
+            raise StageError(f"{self.label} is not loaded yet.")
+        if problem := terms.rebind_refusal(self._request, message):
+            raise StageError(f"{self.label} cannot go over to the plan: {problem}.")
+        self._request = terms.rebound(self._request, message)
+        self._most_unsent = terms.most_unsent(self._request, self._settings)
+        self.epoch = message.new_epoch
+        self._lapses_at = None
+        if self._upstream is not None and self._upstream.peer.device_id != message.previous_id:
+            self._upstream = None
+        self._downstream.turn(message.next_id)
+        self._handover.turn()
+        self._ready.cancel()
+        self._ready = self._loop.create_future()
+        if self._rebinding is not None:
+            self._rebinding.cancel()
+        self._rebinding = asyncio.create_task(self._go_over())
+        self._host.send(encode(message))
+
+    async def _go_over(self) -> None:
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(REBIND_WITHIN_S):
+                await self._link()
+                ready = await self._ready
+        except TimeoutError:
+            late = f"{self.label} did not go over to the plan within {REBIND_WITHIN_S:.0f} s."
+            self._keep_for_now(DeadlineError(late))
+        except EdgeError as error:
+            self._keep_for_now(error)
+        else:
+            if self._lapses_at is None:  # the next one may have been lost meanwhile
+                self._say_ready(ready, {"total_s": time.perf_counter() - started})
+
+    def _keep_for_now(self, error: EdgeError) -> None:
+        """Of no use as it is; the coordinator may give it another part."""
+        self._report(error)
+        self._lapses_at = self._loop.time() + GRACE_S
+
+    def lapsed(self, now: float) -> bool:
+        """Whether it waited long enough for another part."""
+        return self._lapses_at is not None and now >= self._lapses_at
 
     # --- towards the stage ------------------------------------------------------------
 
@@ -263,7 +268,7 @@ class HostedStage:
         """
         if self._host is None or self._closed:
             return
-        if self._host.unsent > self._most_unsent:
+        if self._host.unsent > self._most_unsent + self._handover.unsent(self._host):
             raise RemoteProtocolError(
                 f"{self._host.unsent} bytes wait for {self.label}: the sender ignores its window."
             )
@@ -273,104 +278,129 @@ class HostedStage:
         """Announce a sequence here and, in the same order as its rows, to the stages after."""
         self._deadlines[message.sequence] = now + message.deadline_s
         self.take(frame)
-        self._forward(frame)
+        self._downstream.open(message.sequence, message.position, frame, self.epoch)
 
     def close_sequence(self, message: CloseSequence, frame: Frame) -> None:
         self._deadlines.pop(message.sequence, None)
+        self._handover.forget(message.sequence)
         self.take(frame)
-        self._forward(frame)
+        self._downstream.close_sequence(message.sequence, frame)
 
     def expire(self, now: float) -> None:
         """Close the sequences whose deadline has passed: nobody waits for them any more."""
         for sequence in [s for s, deadline in self._deadlines.items() if deadline < now]:
             self._deadlines.pop(sequence)
+            self._downstream.forget(sequence)
             if self._host is not None and not self._closed:
                 self._host.send(encode(CloseSequence(self.epoch, sequence)))
             error = DeadlineError("the request's deadline passed.", device=self._parts.device)
             self._report(error, sequence)
 
+    # --- sequences that are carried over ----------------------------------------------
+
+    def carry_over(
+        self, message: care.ResendRows | care.ExportSequence | care.ExpectSequence
+    ) -> None:
+        """Do what the coordinator asks for the sake of a sequence on another device."""
+        if self._host is None or self._closed:
+            return
+        if isinstance(message, care.ExportSequence):
+            self._handover.export(message, self._host)
+        elif isinstance(message, care.ExpectSequence):
+            self._handover.expect(message, self._host)
+        else:
+            # From now on they go before whatever is computed: the coordinator may go on.
+            self._tell("rows", 0, 0)
+            self._downstream.resend(message.sequence, message.end, self.epoch)
+
+    def take_page(self, session: Session, page: care.KvPage, frame: Frame) -> None:
+        """Pass a KV page to the stage. Raises RemoteProtocolError where this peer may not send it,
+        or where it is not one that can be restored here."""
+        if self._host is not None and not self._closed:
+            self._handover.take(session, page, frame, self._host)
+
     # --- from the stage ---------------------------------------------------------------
 
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind == HIDDEN_KIND:
-            self._forward(frame)
+            self._downstream.rows(frame, self.epoch)
         elif frame.kind == TOKENS_KIND:
             self.coordinator.send_raw(frame)
         else:
-            self._on_control(frame)
+            try:
+                self._on_answer(decode(frame), frame)
+            except EdgeError as broken:
+                self._report(broken)
 
-    def _forward(self, frame: Frame) -> None:
-        if self._next is None:
-            return
-        self._next.send_raw(frame)
-        if self._next.congested and self._congested is None and self._host is not None:
-            self._host.pause()
-            self._congested = asyncio.create_task(self._wait_for_next(self._next, self._host))
-
-    async def _wait_for_next(self, following: Session, host: StageHost) -> None:
-        """The next device is behind: our stage waits for it, and with it those before."""
-        with contextlib.suppress(PeerLostError):  # on_close tells of a lost peer, once
-            await following.drain()
-        self._congested = None
-        host.resume()
-
-    def _on_control(self, frame: Frame) -> None:
-        try:
-            answer = decode(frame)
-        except EdgeError as broken:
-            self._report(broken)
-            return
+    def _on_answer(self, answer: Message, frame: Frame) -> None:
         if isinstance(answer, StageReady):
-            if not self._ready.done():
+            if answer.epoch == self.epoch and not self._ready.done():
                 self._ready.set_result(answer)
         elif isinstance(answer, ErrorReport):
-            error = error_from_dict(answer.error)
-            error.device = self._parts.device
-            if not self._ready.done():
-                self._ready.set_exception(error)
-                return
-            self._deadlines.pop(answer.sequence, None)
-            self._report(error, answer.sequence)
+            self._on_report(answer)
+        elif isinstance(answer, care.KvPage):
+            self._handover.on_page(answer, frame)
+        elif isinstance(answer, care.SequenceImported):
+            self._handover.imported(answer.sequence)
+            self.coordinator.send(answer)
         elif isinstance(answer, StageStats):
             stats = dict(answer.stats)
-            if self._next is not None:
-                link = self._next.traffic
+            link = self._downstream.traffic
+            if link is not None:
                 stats |= {"next_bytes": link.sent_bytes, "next_messages": link.sent_messages}
             self.coordinator.send(StageStats(answer.epoch, answer.index, stats))
 
+    def _on_report(self, report: ErrorReport) -> None:
+        error = error_from_dict(report.error)
+        error.device = self._parts.device
+        sequence = report.sequence
+        if sequence == NO_SEQUENCE and not self._ready.done():
+            self._ready.set_exception(error)
+            return
+        stays = self._handover.failed(sequence)
+        if report.epoch == self.epoch and not stays:
+            self._deadlines.pop(sequence, None)
+            self._downstream.forget(sequence)
+        # Of a sequence as it was in its epoch: over a change of plan it may be well again.
+        epoch = self.epoch if sequence == NO_SEQUENCE else report.epoch
+        self.coordinator.send(ErrorReport(epoch, sequence, error.to_dict()))
+
     def _on_end(self, reason: str) -> None:
         error = StageError(f"{self.label} {reason}.", device=self._parts.device)
-        if not self._ready.done():
-            self._ready.set_exception(error)
+        if not self._loaded:
+            if not self._ready.done():
+                self._ready.set_exception(error)
         elif not self._closed:
             self._report(error)
             self._on_broken(self)
 
-    def _next_lost(self, reason: str) -> None:
-        if self._closed or self._next is None:
+    def _next_lost(self, following: Session, reason: str) -> None:
+        if self._closed:
             return
         # Most likely that device is gone, and this report overtakes the coordinator's own notice.
-        self._report(
-            PeerLostError(
-                f"{self._parts.device} lost the connection to it ({reason}).",
-                device=self._next.peer.name,
-            )
-        )
-        self._on_broken(self)
+        words = f"{self._parts.device} lost the connection to it ({reason})."
+        error = PeerLostError(words, device=following.peer.name)
+        if self._loaded:
+            self._keep_for_now(error)
+        else:
+            self._report(error)
+            self._on_broken(self)
 
-    def _report(self, error: EdgeError, sequence: int = -1) -> None:
+    def _report(self, error: EdgeError, sequence: int = NO_SEQUENCE) -> None:
+        error.device = error.device or self._parts.device
         self.coordinator.send(ErrorReport(self.epoch, sequence, error.to_dict()))
 
     async def close(self) -> None:
         """End the process and remove the files; harmless when repeated."""
         self._closed = True
-        if self._loading is not None and self._loading is not asyncio.current_task():
-            self._loading.cancel()
-            await asyncio.gather(self._loading, return_exceptions=True)
-        if self._congested is not None:
-            self._congested.cancel()
-        if self._next is not None:
-            await self._next.close()
+        tasks = [task for task in (self._loading, self._rebinding) if task is not None]
+        waiting = [task for task in tasks if task is not asyncio.current_task()]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        self._pressure.close()
+        await self._handover.close()
+        await self._downstream.close()
         if self._host is not None:
             await self._host.stop()
         if not self._ready.cancel() and not self._ready.cancelled():

@@ -26,7 +26,8 @@ from edgellm.discovery.base import MAX_ADDRESSES, Discovery, How, Sighting, sigh
 from edgellm.discovery.directory import Attempt, Directory, State, Verdict
 from edgellm.discovery.interfaces import machine_interfaces
 from edgellm.discovery.known import KnownDevices
-from edgellm.errors import DeadlineError, EdgeError
+from edgellm.discovery.strangers import Strangers
+from edgellm.errors import DeadlineError, EdgeError, NotPairedError
 from edgellm.runtime.reach import Answer, Dial, OtherDeviceError, reach
 from edgellm.runtime.session import Session
 from edgellm.wire.messages import KnownPeers, PeerAddress, QueryPeers
@@ -97,12 +98,16 @@ class Neighbours:
         own: Callable[[], Sequence[Address]],
         remember: KnownDevices | None = None,
         this_machine_only: bool = False,
+        trusted: Callable[[str], bool] = lambda device_id: True,
         interfaces: Callable[[], Sequence[Interface]] = machine_interfaces,
         on_event: Callable[[Event], None] = lambda event: None,
+        on_failed: Callable[[str, str], None] = lambda device_id, problem: None,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """``own`` tells where this node can be reached. With ``this_machine_only`` nobody on
-        another machine is dialed, but who was told by a person."""
+        """``own`` tells where this node can be reached. ``on_failed`` hears of every attempt at a
+        device that found nobody: its id, and why. With ``this_machine_only`` nobody on
+        another machine is dialed, but who was told by a person. Devices that are not ``trusted``
+        are only kept in mind."""
         self._me = device_id
         self._name = name
         self._dial = dial
@@ -110,8 +115,12 @@ class Neighbours:
         self._ways: Sequence[Discovery] = ()
         self._remember = remember
         self._this_machine_only = this_machine_only
+        self._trusted = trusted
+        self._strangers = Strangers()
         self._interfaces = interfaces
         self._on_event = on_event
+        self._on_failed = on_failed
+        self._leaving: dict[str, str] = {}
         self._directory = Directory(device_id, chance)
         self._reached: dict[str, Answer] = {}
         self._attempts: set[asyncio.Task[None]] = set()
@@ -180,11 +189,44 @@ class Neighbours:
 
     def saw(self, sighting: Sighting) -> None:
         """Take a hint, from whatever way of finding devices."""
-        if self._closed or not self._allowed(sighting):
+        if self._closed:
+            return
+        if sighting.device_id and not self._trusted(sighting.device_id):
+            self._strangers.saw(sighting)
+            return
+        if not self._allowed(sighting):
             return
         self._directory.saw(sighting, self._loop.time())
         self._changed.set()
         self._wake.set()
+
+    def strangers(self) -> tuple[Sighting, ...]:
+        """Devices that announce themselves on our networks and do not belong to us."""
+        return self._strangers.announced()
+
+    def trust_changed(self) -> None:
+        """Somebody came to belong to us, or does no more."""
+        for sighting in self._strangers.take(self._trusted):
+            self.saw(sighting)
+        for device in self._directory.devices():
+            if not self._trusted(device.device_id):
+                self._directory.forget(device.device_id)
+        for device_id, answer in list(self._reached.items()):
+            if not self._trusted(device_id):
+                del self._reached[device_id]
+                answer.session.end(NotPairedError("it does not belong to this cluster any more."))
+        self._changed.set()
+
+    def soon(self, device_id: str) -> None:
+        """There is reason to try this device now, if it is known where."""
+        self._leaving.pop(device_id, None)
+        self._directory.soon(device_id, self._loop.time())
+        self._wake.set()
+
+    def leaving(self, device_id: str, reason: str) -> None:
+        """A device says that it will end: it is not to be tried all the time when it is gone."""
+        if device_id in self._reached:
+            self._leaving[device_id] = f"it left: {reason}" if reason else "it left"
 
     def _allowed(self, sighting: Sighting) -> bool:
         """Who does not let others in from the network does not go out to it unasked."""
@@ -277,12 +319,15 @@ class Neighbours:
         return self._directory.reached(attempt, peer.device_id, peer.name, answer.address, now)
 
     def _failed(self, attempt: Attempt, error: EdgeError) -> None:
+        if attempt.device_id:
+            self._on_failed(attempt.device_id, error.message.rstrip("."))
         if not self._directory.failed(attempt, self._loop.time()):
             return
         names = {d.device_id: d.name for d in self._directory.devices()}
         where = ", ".join(format_address(*each) for each in attempt.addresses)
         name = names.get(attempt.device_id, "")
-        problem = error.message.rstrip(".")
+        hint = f" {error.hint}" if isinstance(error, NotPairedError) and error.hint else ""
+        problem = f"{error.message}{hint}".rstrip(".")
         self._on_event(Unreachable(name, attempt.device_id, where, problem))
 
     def _keep(self, answer: Answer) -> None:
@@ -294,8 +339,9 @@ class Neighbours:
         def ended(reason: str) -> None:
             if self._reached.get(device_id) is answer:
                 del self._reached[device_id]
-                self._directory.lost(device_id, self._loop.time())
-                self._on_event(Lost(name, device_id, address, reason))
+                why = self._leaving.pop(device_id, None)
+                self._directory.lost(device_id, self._loop.time(), on_purpose=why is not None)
+                self._on_event(Lost(name, device_id, address, why or reason))
                 self._changed.set()
                 self._wake.set()
 

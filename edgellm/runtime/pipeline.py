@@ -1,37 +1,28 @@
-"""The coordinator's side of one loaded plan: requests in, tokens out.
+"""The coordinator's side of one loaded plan: steps to the first stage, results from the last.
 
-It executes ``scheduler.Generation``: steps go to the first stage, results come from the last.
 The next step leaves in the same turn of the event loop that its token arrived in; turning the
-token into text happens while the stages compute.
+token into text happens while the stages compute. Who runs over it is ``requests.Running``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgellm.errors import DeadlineError, EdgeError, StageError, UsageError
-from edgellm.runtime.session import Session
-from edgellm.scheduler.generation import (
-    Effect,
-    Emit,
-    Finish,
-    Generation,
-    SendStep,
-    prompt_chunk,
-)
-from edgellm.types import FinishReason, Plan, SamplerSettings
+from edgellm.errors import EdgeError, StageError
+from edgellm.runtime.requests import Running
+from edgellm.runtime.session import Session, Traffic
+from edgellm.scheduler.generation import SendStep
+from edgellm.types import Mode, Plan
+from edgellm.wire.care import ResendRows, SequenceImported
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
+    NO_SEQUENCE,
     NO_TOKEN,
     CloseSequence,
+    LoadProgress,
     OpenSequence,
     QueryStats,
     Row,
@@ -44,98 +35,12 @@ from edgellm.wire.plain import sampler_to_plain
 from edgellm.wire.tensors import decode_logits, encode_tokens
 
 STATS_WITHIN_S = 10.0
-MAX_DEADLINE_S = 1e9
-"""What the protocol carries."""
+OnFailed: TypeAlias = "Callable[[Pipeline, EdgeError], None]"
+OnLeaving: TypeAlias = Callable[[str, str, float], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One text to continue."""
-
-    prompt: tuple[int, ...]
-    """Token ids, at least one."""
-    max_tokens: int = 256
-    sampler: SamplerSettings = field(default_factory=SamplerSettings)
-    stop_tokens: frozenset[int] = frozenset()
-    deadline_s: float = 600.0
-    spent_s: float = 0.0
-    """Of the deadline, before the request came here (making tokens of the text)."""
-    logits: bool = False
-    """Whether each token comes with the logits it was picked from."""
-
-
-@dataclass(frozen=True, slots=True)
-class MadeToken:
-    token: int
-    position: int
-    at: float
-    """When it arrived, by ``time.perf_counter``."""
-    logits: NDArray[np.float32] | None = None
-    """float32 [vocabulary]."""
-
-
-class Running:
-    """One request under way. Iterate ``tokens()``; ``stop`` ends it at once."""
-
-    def __init__(self, pipeline: Pipeline, sequence: int, request: Request) -> None:
-        settings = pipeline.plan.settings
-        self.sequence = sequence
-        self.request = request
-        self.finish: FinishReason | None = None
-        self.generation = Generation(
-            request.prompt,
-            max_tokens=request.max_tokens,
-            chunk=prompt_chunk(len(request.prompt), settings.chunk, settings.prompt_chunk),
-            # One chunk computing in each stage and one waiting for the first.
-            window=len(pipeline.plan.stages) + 1,
-            context=settings.context,
-            stop_tokens=request.stop_tokens,
-        )
-        self._pipeline = pipeline
-        self._queue: asyncio.Queue[MadeToken | EdgeError | None] = asyncio.Queue()
-        self._logits: NDArray[np.float32] | None = None
-
-    def begin(self) -> None:
-        self._execute(self.generation.begin())
-
-    def on_result(self, position: int, token: int, logits: NDArray[np.float32] | None) -> None:
-        self._logits = logits
-        self._execute(self.generation.on_result(position, token))
-
-    def stop(self, reason: FinishReason) -> None:
-        """End the request; no further token is made for it."""
-        self._execute(self.generation.stop(reason))
-
-    def fail(self, error: EdgeError) -> None:
-        """End the request with an error, behind the tokens that were made before it."""
-        self.generation.stop(FinishReason.CANCELLED)  # nothing more is sent for it
-        self._queue.put_nowait(error)
-
-    async def tokens(self) -> AsyncIterator[MadeToken]:
-        """The tokens as they are made. Raises the error that ended the request, if one did."""
-        while (item := await self._queue.get()) is not None:
-            if isinstance(item, EdgeError):
-                raise item
-            yield item
-
-    def _execute(self, effects: Sequence[Effect]) -> None:
-        unsent: EdgeError | None = None
-        for effect in effects:
-            if isinstance(effect, SendStep):
-                try:
-                    self._pipeline.send_step(self, effect)
-                except EdgeError as error:
-                    # The token it follows is in the journal: it is shown before the failure.
-                    unsent = unsent or error
-            elif isinstance(effect, Emit):
-                now = time.perf_counter()  # a loop's own clock may tick in milliseconds
-                made = MadeToken(effect.token, effect.position, now, self._logits)
-                self._queue.put_nowait(made)
-            elif isinstance(effect, Finish):
-                self.finish = effect.reason
-                self._queue.put_nowait(None)
-        if unsent is not None:
-            self.fail(unsent)
+class NotCarriedError(StageError):
+    """Stages that were taken over as they are cannot go on; no device was lost."""
 
 
 class Pipeline:
@@ -147,72 +52,28 @@ class Pipeline:
         self.sessions = tuple(sessions)
         self.returned_bytes = 0
         """Bytes of all results that came back from the last stage."""
-        self.loads: tuple[dict[str, float], ...] = ()
+        self.loads: tuple[dict[str, float], ...] = ({},) * len(self.sessions)
         """What loading each stage took; see ``StageReady``."""
         self._vocab = vocab
+        self.began: tuple[Traffic, ...] = tuple(replace(each.traffic) for each in self.sessions)
+        """What had gone over each connection before this plan was loaded."""
+        self.counters: tuple[Mapping[str, int | float], ...] = ({},) * len(self.sessions)
+        """What each stage had counted before this plan: something where it was taken over."""
+        self.made = 0
+        """Tokens that came of it."""
+        self.heard_at = 0.0
+        """When the last result came, by the event loop's clock."""
         self._running: dict[int, Running] = {}
-        self._numbers = itertools.count(1)
-        self._slots = asyncio.Semaphore(plan.settings.sequences)
         self._failed: EdgeError | None = None
+        self.handed: asyncio.Queue[LoadProgress | SequenceImported | EdgeError] = asyncio.Queue()
+        """While a stage moves: what its new device says of the sequences that come."""
+        self.importing: Session | None = None
+        """The connection to that device; None: no stage moves."""
+        self._on_failed: OnFailed | None = None
+        self._on_leaving: OnLeaving | None = None
         self._unloaded = False
         self._stats: dict[int, asyncio.Future[StageStats]] = {}
         self._asking = asyncio.Lock()
-
-    @contextlib.asynccontextmanager
-    async def run(self, request: Request) -> AsyncIterator[Running]:
-        """Start a request when a sequence is free; on leaving, its memory is free everywhere.
-
-        Raises UsageError for a prompt that does not fit, DeadlineError when its time is up.
-        """
-        self._check(request)
-        late = DeadlineError(
-            f"the request was not done within its deadline of {request.deadline_s:g} s.",
-            hint="Give it more time with --deadline.",
-        )
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.deadline_s - request.spent_s
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._slots.acquire()
-        except TimeoutError as error:
-            raise late from error
-        running = Running(self, next(self._numbers), request)
-        # Not a timeout around the yield: it would cancel whatever the caller does at that moment.
-        timer = loop.call_at(deadline, running.fail, late)
-        try:
-            if self._failed is not None:
-                raise self._failed
-            self._running[running.sequence] = running
-            try:
-                self._open(running)
-                running.begin()
-                yield running
-            finally:
-                del self._running[running.sequence]
-                self._first.send(CloseSequence(self.plan.epoch, running.sequence))
-        finally:
-            timer.cancel()
-            self._slots.release()
-
-    def _check(self, request: Request) -> None:
-        context = self.plan.settings.context
-        if not request.prompt:
-            raise UsageError("the prompt is empty.")
-        if len(request.prompt) > context:
-            raise UsageError(
-                f"the prompt has {len(request.prompt)} tokens, the context holds {context}.",
-                hint="Shorten it, or use a larger --ctx.",
-            )
-        if not all(0 <= token < self._vocab for token in request.prompt):
-            raise UsageError(f"the prompt has token ids outside 0 to {self._vocab - 1}.")
-        if not all(0 <= token < self._vocab for token, _ in request.sampler.logit_bias):
-            raise UsageError(f"logit_bias names a token outside 0 to {self._vocab - 1}.")
-        if not 0 < request.deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
-            raise UsageError(
-                f"a deadline of {request.deadline_s:g} s is outside 0 to {MAX_DEADLINE_S:g} s."
-            )
-        if request.max_tokens < 1:
-            raise UsageError("at least one token must be asked for.")
 
     @property
     def _first(self) -> Session:
@@ -223,19 +84,81 @@ class Pipeline:
         """Where results come from."""
         return self.sessions[-1]
 
-    def _open(self, running: Running) -> None:
+    @property
+    def vocab(self) -> int:
+        return self._vocab
+
+    @property
+    def failed(self) -> EdgeError | None:
+        """Why it is of no use any more; None while it is."""
+        return self._failed
+
+    @property
+    def unloaded(self) -> bool:
+        return self._unloaded
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody takes care of what remains of it when it fails."""
+        return self._on_failed is not None
+
+    def watch(self, on_failed: OnFailed | None, on_leaving: OnLeaving | None = None) -> None:
+        """Call ``on_failed`` once when the whole plan fails, instead of failing its requests;
+        whoever watches unloads it. At once if it has failed. ``on_leaving`` hears of devices that
+        will leave: name, why, within how many seconds."""
+        self._on_failed, self._on_leaving = on_failed, on_leaving
+        if on_failed is not None and self._failed is not None:
+            on_failed(self, self._failed)
+
+    def open(self, running: Running, position: int = 0) -> None:
+        """See ``requests.Way``."""
         request = running.request
+        self._running[running.sequence] = running
         self._first.send(
             OpenSequence(
                 self.plan.epoch,
                 running.sequence,
                 sampler_to_plain(request.sampler),
-                max(request.deadline_s - request.spent_s, 0.0),
+                running.remaining_s,
                 request.logits,
-                0,
-                encode_tokens(request.prompt),
+                position,
+                encode_tokens(running.generation.tokens),
             )
         )
+
+    def adopt(self, running: Running) -> None:
+        """Announce a request whose acknowledged tokens all stages hold."""
+        self.open(running, running.generation.acknowledged)
+
+    def carry(self, running: Running, fresh: int) -> None:
+        """Announce a request whose tokens all stages but the ``fresh`` one hold, as far as they
+        are acknowledged, and have that one made to hold them: by the rows of the stage before it,
+        or by the tokens where it is the first. What the others see again changes nothing there."""
+        position = running.generation.acknowledged
+        self.open(running, position)
+        if not position:
+            return
+        if fresh:
+            resend = ResendRows(self.plan.epoch, running.sequence, position)
+            self.sessions[fresh - 1].send(resend)
+            return
+        exact = self.plan.settings.mode is Mode.REFERENCE
+        for step in running.generation.replay(position, exact=exact):
+            self.send_step(running, step)
+
+    def sequences(self) -> frozenset[int]:
+        """Those that the stages hold."""
+        return frozenset(self._running)
+
+    def forget(self, sequences: Collection[int]) -> None:
+        """Free what the stages may hold of requests that are gone."""
+        for sequence in sequences:
+            self._first.send(CloseSequence(self.plan.epoch, sequence))
+
+    def close(self, running: Running) -> None:
+        """See ``requests.Way``."""
+        if self._running.pop(running.sequence, None) is not None:
+            self._first.send(CloseSequence(self.plan.epoch, running.sequence))
 
     def send_step(self, running: Running, step: SendStep) -> None:
         """Send journal tokens to the first stage."""
@@ -245,6 +168,9 @@ class Pipeline:
 
     def on_tokens(self, message: Tokens, frame: Frame) -> None:
         """Results from the last stage."""
+        if self._failed is not None:
+            return  # whoever goes on elsewhere computes them again
+        self.heard_at = asyncio.get_running_loop().time()
         self.returned_bytes += len(frame.raw)
         wanting = [
             result
@@ -255,6 +181,7 @@ class Pipeline:
         ]
         logits = iter(decode_logits(message.payload, len(wanting), self._vocab) if wanting else ())
         for result in message.results:
+            self.made += result.token != NO_TOKEN
             running = self._running.get(result.sequence)
             if running is not None:
                 row = next(logits) if result in wanting else None
@@ -263,16 +190,38 @@ class Pipeline:
     def on_error(self, sequence: int, error: EdgeError) -> None:
         """A failure of one sequence, or (-1) of the whole plan."""
         if sequence >= 0:
-            if running := self._running.get(sequence):
+            running = self._running.get(sequence)
+            if running is not None and running.carried:
+                # Not the request is at fault, but how it was carried over.
+                why = NotCarriedError(error.message, device=error.device, hint=error.hint)
+                self.on_error(NO_SEQUENCE, why)
+            elif running is not None:
                 running.fail(error)
+            elif self.importing is not None:
+                self.handed.put_nowait(error)
             return
         if self._failed is None:
             self._failed = error
-            for running in self._running.values():
-                running.fail(error)
             for waiting in self._stats.values():
                 if not waiting.done():
                     waiting.set_exception(error)
+            if self._on_failed is not None:
+                self._on_failed(self, error)
+                return
+            for running in self._running.values():
+                running.fail(error)
+
+    def on_handed(self, session: Session, message: LoadProgress | SequenceImported) -> None:
+        """KV pages may come, or all of a sequence's came."""
+        if session is not self.importing:
+            return
+        if isinstance(message, SequenceImported) or not message.total:
+            self.handed.put_nowait(message)
+
+    def on_goodbye(self, device: str, reason: str, within_s: float) -> None:
+        """A device of the plan will leave."""
+        if self._on_leaving is not None:
+            self._on_leaving(device, reason, within_s)
 
     def on_stats(self, message: StageStats) -> None:
         waiting = self._stats.get(message.index)
@@ -295,9 +244,18 @@ class Pipeline:
                 raise StageError("a stage did not tell its figures in time.") from error
         return [dict(answer.stats) for answer in answers]
 
+    async def count(self) -> None:
+        """Take the stages' ``counters`` as they are now. Raises StageError."""
+        self.counters = tuple(await self.stats())
+
+    def unload_stage(self, index: int) -> None:
+        """Have one device free its stage: the plan is of no use any more."""
+        self.sessions[index].send(UnloadStage(self.plan.epoch))
+
     def unload(self) -> None:
         """Have every device free its stage; once, however often it is asked for."""
         if not self._unloaded:
             self._unloaded = True
+            self._running.clear()
             for session in self.sessions:
                 session.send(UnloadStage(self.plan.epoch))

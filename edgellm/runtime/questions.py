@@ -22,9 +22,11 @@ from edgellm.wire.messages import (
     QueryStages,
     StagesHeld,
 )
+from edgellm.wire.trust import MembersSeen, QueryMembers
 
 ANSWER_WITHIN_S = 10.0
-_Answer = TypeVar("_Answer", DeviceInfo, KnownPeers, StagesHeld, LinkMeasured)
+_Answer = TypeVar("_Answer", DeviceInfo, KnownPeers, StagesHeld, LinkMeasured, MembersSeen)
+_ANSWERS = (DeviceInfo, KnownPeers, StagesHeld, LinkMeasured, MembersSeen)
 
 
 class Questions:
@@ -41,6 +43,10 @@ class Questions:
     async def stages(self, session: Session) -> tuple[dict[str, Any], ...]:
         """The stages that it has loaded, for anybody."""
         return (await self._ask(session, QueryStages(), StagesHeld)).stages
+
+    async def members(self, session: Session) -> tuple[dict[str, Any], ...]:
+        """The devices of the cluster as it sees them: see ``cluster.facts``."""
+        return (await self._ask(session, QueryMembers(), MembersSeen)).members
 
     async def peers(self, session: Session) -> tuple[PeerAddress, ...]:
         """The devices that it reaches."""
@@ -72,7 +78,9 @@ class Questions:
 
     def take(self, session: Session, message: Message) -> bool:
         """Take a message, if it is such an answer. One that nobody waits for is dropped."""
-        if not isinstance(message, DeviceInfo | KnownPeers | StagesHeld | LinkMeasured):
+        if not isinstance(
+            message, DeviceInfo | KnownPeers | StagesHeld | LinkMeasured | MembersSeen
+        ):
             return False
         request = message.request if isinstance(message, LinkMeasured) else 0
         # Asked twice at once, the first answer serves both: the second is as good and is dropped.

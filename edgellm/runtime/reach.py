@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from edgellm.discovery.addresses import Address, format_address, is_loopback
-from edgellm.errors import EdgeError, PeerLostError
+from edgellm.errors import EdgeError, NotPairedError, PeerLostError
 from edgellm.runtime.session import Session
 
 STAGGER_S = 0.1
@@ -63,7 +63,8 @@ async def reach(dial: Dial, addresses: Sequence[Address], device_id: str = "") -
     """Connect to the device with this id (whichever is there, if empty) at one of ``addresses``,
     the likeliest first.
 
-    Raises OtherDeviceError when only others are there, else PeerLostError with the reason of each.
+    Raises OtherDeviceError when only others are there, NotPairedError when it, or whoever is there,
+    does not let us in, else PeerLostError with the reason of each.
     """
     race = _Race(dial, addresses, device_id)
     try:
@@ -82,6 +83,7 @@ class _Race:
         self._answers: dict[int, Answer] = {}
         self._others: list[Answer] = []
         self._problems: list[str] = []
+        self._not_paired: NotPairedError | None = None
         self._kept: Answer | None = None
 
     async def run(self) -> Answer:
@@ -132,11 +134,15 @@ class _Race:
             try:
                 answer = task.result()
             except EdgeError as error:
+                if isinstance(error, NotPairedError):
+                    self._not_paired = error
                 self._problems.append(error.message.rstrip("."))
                 continue
             if self._device_id and answer.session.peer.device_id != self._device_id:
                 self._others.append(answer)
                 await answer.session.close()
+            elif answer.session.ended:  # an older run of it, or a copy: another may be elsewhere
+                self._problems.append(answer.session.reason)
             else:
                 self._answers[place] = answer
 
@@ -149,4 +155,7 @@ class _Race:
             raise OtherDeviceError(f"another device answered: {told}.", self._others)
         if not self._problems:
             raise PeerLostError("no address of it is known.")
-        raise PeerLostError(f"{'; '.join(dict.fromkeys(self._problems))}."[:1000])
+        told = f"{'; '.join(dict.fromkeys(self._problems))}."[:1000]
+        if self._not_paired is not None:
+            raise NotPairedError(told, hint=self._not_paired.hint)
+        raise PeerLostError(told)

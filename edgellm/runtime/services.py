@@ -8,8 +8,8 @@ of its sessions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Protocol, TypeAlias
 
 from edgellm.errors import EdgeError
 from edgellm.runtime.exchange import TensorExchange
@@ -32,6 +32,10 @@ MAX_MEASURING = 8
 """Links that are measured for others at once; more are refused."""
 
 
+Taker: TypeAlias = Callable[[Session, Message], bool]
+"""Takes a message, if it is for it. Raises RemoteProtocolError."""
+
+
 class Directory(Protocol):
     """Who else is there: ``runtime.neighbours``."""
 
@@ -47,11 +51,14 @@ class Services:
         exchange: TensorExchange,
         dial: Callable[[PeerAddress], Awaitable[Session]],
         directory: Directory | None = None,
+        takers: Sequence[Taker] = (),
     ) -> None:
+        """``takers`` are asked in turn about what nobody here takes."""
         self.exchange = exchange
         self.links = LinkMeter()
         self._dial = dial
         self._directory = directory
+        self._takers = takers
         self._measured: dict[str, tuple[float, LinkFigures]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -75,7 +82,7 @@ class Services:
             if self._directory is not None:
                 self._directory.on_known_peers(session, message)
         else:
-            return False
+            return any(take(session, message) for take in self._takers)
         return True
 
     async def _measure(self, session: Session, asked: MeasureLink) -> None:

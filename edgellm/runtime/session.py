@@ -151,6 +151,16 @@ class Session:
         return self._connection.round_trip_s
 
     @property
+    def heard_at(self) -> float:
+        """When the peer last gave a sign of life, by the event loop's clock."""
+        return self._connection.heard_at
+
+    def allow_silence(self, seconds: float) -> None:
+        """Let the peer be silent for so long, from now on, before the session ends for it."""
+        self._connection.allow_silence(seconds)
+        self._arm_timer()
+
+    @property
     def greeted(self) -> bool:
         """Whether the handshake was done, that is, whether there is a ``peer``."""
         return self._opened.done() and not self._opened.cancelled() and not self._opened.exception()
@@ -208,6 +218,10 @@ class Session:
         """End the session on purpose; what was sent before still goes out."""
         self._finish()
         await self._stream.wait_closed()
+
+    def end(self, reason: EdgeError) -> None:
+        """End the session at once for this reason; those who asked are told before this returns."""
+        self._end(reason)
 
     # --- driven by the event loop -----------------------------------------------------
 

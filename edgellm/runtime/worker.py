@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from typing import TypeAlias
 
 from edgellm.errors import EdgeError, RemoteProtocolError, StageError
 from edgellm.runtime.hosted import HostedStage, StageParts
 from edgellm.runtime.services import Services
 from edgellm.runtime.session import Session
+from edgellm.wire.care import (
+    ExpectSequence,
+    ExportSequence,
+    KvPage,
+    Rebind,
+    ResendRows,
+)
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
+    NO_SEQUENCE,
     CloseSequence,
     DeviceInfo,
     ErrorReport,
@@ -38,8 +47,18 @@ _ROWS_OF = {STEP_KIND: "a step", kind_of(Hidden): "hidden rows"}
 PayloadLimits = Callable[[Session], Mapping[int, int]]
 """Tells what a peer may send: bytes by kind."""
 MAX_STAGES = 8
-"""Stages that one node hosts at once, over all coordinators."""
+"""Stages that one node hosts at once, over all coordinators and epochs."""
 EXPIRY_INTERVAL_S = 1.0
+
+_Control: TypeAlias = (
+    OpenSequence
+    | CloseSequence
+    | QueryStats
+    | UnloadStage
+    | ResendRows
+    | ExportSequence
+    | ExpectSequence
+)
 
 
 class Worker:
@@ -62,6 +81,16 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._expiry = asyncio.create_task(self._expire())
+        self._leaving = False
+
+    @property
+    def stage_count(self) -> int:
+        """Stages that are held, or being loaded."""
+        return len(self._stages)
+
+    def refuse_stages(self) -> None:
+        """Take no new stage from now on: this device is leaving."""
+        self._leaving = True
 
     def on_frame(self, session: Session, frame: Frame) -> None:
         """Steps and hidden rows: to the stage of their epoch, unread; stale ones are dropped."""
@@ -86,7 +115,13 @@ class Worker:
             session.send(StagesHeld(tuple(stage.describe(self._clock()) for stage in held)))
         elif isinstance(message, LoadStage):
             self._load(session, message)
-        elif isinstance(message, OpenSequence | CloseSequence | QueryStats | UnloadStage):
+        elif isinstance(message, Rebind):
+            self._rebind(session, message)
+        elif isinstance(message, KvPage):
+            stage = self._stages.get(message.epoch)
+            if stage is not None:
+                stage.take_page(session, message, frame)
+        elif isinstance(message, _Control):
             stage = self._stages.get(message.epoch)
             if stage is None:
                 return
@@ -105,24 +140,21 @@ class Worker:
             what = type(message).__name__
             raise RemoteProtocolError(f"{what} came from a device that may not send it.")
 
-    def _control(
-        self,
-        stage: HostedStage,
-        message: OpenSequence | CloseSequence | QueryStats | UnloadStage,
-        frame: Frame,
-    ) -> None:
+    def _control(self, stage: HostedStage, message: _Control, frame: Frame) -> None:
         if isinstance(message, OpenSequence):
             stage.open_sequence(message, frame, self._clock())
         elif isinstance(message, CloseSequence):
             stage.close_sequence(message, frame)
         elif isinstance(message, QueryStats):
             stage.take(frame)
-        else:
+        elif isinstance(message, UnloadStage):
             self._drop(stage)
+        else:
+            stage.carry_over(message)
+            self._allow_payloads(self.payload_limits_of)
 
     def _load(self, session: Session, request: LoadStage) -> None:
-        if request.epoch in self._stages:
-            raise RemoteProtocolError(f"epoch {request.epoch} is already loaded.")
+        self._check_new(request.epoch)
         stage = HostedStage(request, session, self._parts, self._drop)
         refusal = self._refusal() or stage.refusal()
         if refusal is not None:
@@ -132,17 +164,38 @@ class Worker:
         self._allow_payloads(self.payload_limits_of)
         self._spawn(self._run_load(stage))
 
+    def _check_new(self, epoch: int) -> None:
+        if epoch in self._stages:
+            raise RemoteProtocolError(f"epoch {epoch} is already loaded.")
+
+    def _rebind(self, session: Session, message: Rebind) -> None:
+        """A stage goes over to another plan; frames of the old epoch are stale from now on."""
+        self._check_new(message.new_epoch)
+        stage = self._stages.get(message.epoch)
+        try:
+            if stage is None:
+                raise StageError("this device has no stage of the former plan any more.")
+            self._check_sender(stage, session, message)
+            stage.rebind(message)
+        except StageError as error:
+            error.device = self._parts.device
+            session.send(ErrorReport(message.new_epoch, NO_SEQUENCE, error.to_dict()))
+            return
+        self._stages[stage.epoch] = self._stages.pop(message.epoch)
+        self._allow_payloads(self.payload_limits_of)
+
     def payload_limits_of(self, session: Session) -> Mapping[int, int]:
         """What the plans here allow this peer to send, bytes by kind: hidden rows, if it has the
-        stage before one of ours."""
+        stage before one of ours, and KV pages, if it had one of ours before us."""
         limits: dict[int, int] = {}
         for stage in self._stages.values():
-            if not stage.first and stage.takes_rows_from(session):
-                for kind, limit in stage.payload_limits.items():
-                    limits[kind] = max(limit, limits.get(kind, 0))
+            for kind, limit in stage.payload_limits(session).items():
+                limits[kind] = max(limit, limits.get(kind, 0))
         return limits
 
     def _refusal(self) -> EdgeError | None:
+        if self._leaving:
+            return StageError("this device is leaving.", device=self._parts.device)
         if len(self._stages) >= MAX_STAGES:
             return StageError(
                 f"this device already holds {MAX_STAGES} stages.", device=self._parts.device
@@ -165,13 +218,26 @@ class Worker:
         await stage.close()
 
     def _refuse(self, stage: HostedStage, error: EdgeError) -> None:
-        stage.coordinator.send(ErrorReport(stage.epoch, -1, error.to_dict()))
+        stage.coordinator.send(ErrorReport(stage.epoch, NO_SEQUENCE, error.to_dict()))
 
     def on_session_closed(self, session: Session) -> None:
         """A coordinator that is gone frees the memory of its stages."""
         self._services.closed(session)
         for stage in [s for s in self._stages.values() if s.coordinator is session]:
             self._drop(stage)
+
+    def coordinators(self) -> tuple[Session, ...]:
+        """Those whose stages are here: who must hear of it when this device is to leave."""
+        return tuple(dict.fromkeys(stage.coordinator for stage in self._stages.values()))
+
+    def stages_left(self) -> int:
+        """Stages that are hosted now, also while they are loaded."""
+        return len(self._stages)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no stage is hosted here."""
+        return not self._stages
 
     def _drop(self, stage: HostedStage) -> None:
         """Take no more frames for a stage from now on, and end it."""
@@ -188,6 +254,8 @@ class Worker:
             await asyncio.sleep(EXPIRY_INTERVAL_S)
             for stage in list(self._stages.values()):
                 stage.expire(self._clock())
+                if stage.lapsed(self._clock()):
+                    self._drop(stage)
 
     async def close(self) -> None:
         """End every stage; nothing of this worker runs afterwards."""

@@ -55,6 +55,9 @@ SMALLEST_CHUNK = 64
 """Below this a matrix product loses more than a shorter pipeline gains."""
 _CHUNKS_OF_A_LONG_PROMPT = 16
 _CHUNK_STEP = 32
+TOKENS_A_CHUNK = 8
+"""Replayed tokens that may be in flight for each chunk that may. Their rows are small, and more of
+them hide the links' round trips: no stage of a replay waits for the last one's answers."""
 
 
 def prompt_chunk(length: int, most: int, told: int = 0) -> int:
@@ -103,16 +106,74 @@ class Generation:
         self.phase = Phase.NEW
         self._max_tokens = max_tokens
         self._context = context
+        self.chunk = chunk
         self._window = max(1, window)
         self._stop_tokens = stop_tokens
         self._pending = deque(chunk_spans(len(prompt), chunk))
-        self._in_flight: deque[tuple[int, int]] = deque()
-        """(last position, 1 if it brings a token) of what was sent and is not answered."""
+        self._in_flight: deque[tuple[int, int, int]] = deque()
+        """(last position, 1 if it brings a token, how many went in) of what was sent and is not
+        answered."""
+        self._acknowledged = 0
 
     @property
     def made(self) -> tuple[int, ...]:
         """The tokens made so far."""
         return tuple(self.tokens[self.prompt_length :])
+
+    @property
+    def acknowledged(self) -> int:
+        """Tokens of the journal that every stage of the pipeline of the moment has computed."""
+        return self._acknowledged
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that are sent, as far as the effects say, and not answered."""
+        return len(self._in_flight)
+
+    def resume(self, *, window: int, position: int = 0, exact: bool = True) -> list[Effect]:
+        """Go on over another pipeline, which holds the tokens before ``position``.
+
+        ``exact`` sends the rest as it was sent first: the prompt in its chunks, then token by
+        token, so that every bit comes out as before; otherwise all of it goes in chunks. Answers
+        of the former pipeline must not be given to ``on_result`` any more. One that has not begun
+        begins; one that has ended does nothing. Raises LocalProtocolError where ``position`` is
+        past the journal, or with ``exact`` not between two steps.
+        """
+        if self.phase is Phase.DONE:
+            return []
+        if not 0 <= position < len(self.tokens):
+            raise LocalProtocolError(
+                f"a generation of {len(self.tokens)} tokens cannot go on from {position}."
+            )
+        self._pending = deque(self._spans(position, exact))
+        self._in_flight.clear()
+        self._acknowledged = position
+        self._window = max(1, window)
+        self.phase = Phase.DECODE if self.made else Phase.PREFILL
+        return self._fill_window()
+
+    def replay(self, end: int, *, exact: bool = True) -> list[SendStep]:
+        """The steps that give a new first stage the tokens before ``end``, which the later ones
+        hold: they answer none of them. The spans are those of ``resume``. Raises
+        LocalProtocolError like it."""
+        if not exact:
+            return [SendStep(at, n, output=False) for at, n in chunk_spans(end, self.chunk)]
+        spans = [span for span in self._spans(0, exact) if span[0] < end]
+        if spans and sum(spans[-1]) != end:
+            raise LocalProtocolError(f"no step of this generation ends at position {end}.")
+        return [SendStep(at, n, output=False) for at, n in spans]
+
+    def _spans(self, position: int, exact: bool) -> list[tuple[int, int]]:
+        """What ``resume`` sends, from ``position`` on."""
+        total = len(self.tokens)
+        if not exact:
+            return [(position + at, n) for at, n in chunk_spans(total - position, self.chunk)]
+        spans = chunk_spans(self.prompt_length, self.chunk)
+        spans += [(at, 1) for at in range(self.prompt_length, total)]
+        rest = [span for span in spans if span[0] >= position]
+        if not rest or rest[0][0] != position:
+            raise LocalProtocolError(f"no step of this generation begins at position {position}.")
+        return rest
 
     def begin(self) -> list[Effect]:
         """The first chunks."""
@@ -128,10 +189,11 @@ class Generation:
         """
         if self.phase is Phase.DONE or not self._in_flight:
             return []
-        expected, brings_token = self._in_flight[0]
+        expected, brings_token, _ = self._in_flight[0]
         if position != expected or (token >= 0) != bool(brings_token):
             return []
         self._in_flight.popleft()
+        self._acknowledged = position + 1
         if not brings_token:
             return self._fill_window()
         return self._on_token(position + 1, token)
@@ -157,11 +219,19 @@ class Generation:
 
     def _fill_window(self) -> list[Effect]:
         effects: list[Effect] = []
-        while self._pending and len(self._in_flight) < self._window:
+        while self._pending and len(self._in_flight) < self._room():
             position, count = self._pending.popleft()
             effects.append(self._send(position, count, output=not self._pending))
         return effects
 
+    def _room(self) -> int:
+        """Steps that may be in flight when the next pending one has left."""
+        position, count = self._pending[0]
+        single = position >= self.prompt_length and count == 1
+        if single and all(n == 1 for _, _, n in self._in_flight):
+            return self._window * TOKENS_A_CHUNK
+        return self._window
+
     def _send(self, position: int, count: int, *, output: bool) -> SendStep:
-        self._in_flight.append((position + count - 1, int(output)))
+        self._in_flight.append((position + count - 1, int(output), count))
         return SendStep(position, count, output)

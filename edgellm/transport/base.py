@@ -56,7 +56,7 @@ class Stream(Protocol):
 
     @property
     def error(self) -> PeerLostError | None:
-        """What broke the connection, if something did."""
+        """What broke the connection, if something did; NotPairedError when the peer refused us."""
         ...
 
     def write(self, buffers: Sequence[Buffer]) -> None:
@@ -108,7 +108,9 @@ class Listener(Protocol):
 
 class Transport(Protocol):
     async def dial(self, host: str, port: int, timeout: float) -> Stream:  # noqa: ASYNC109
-        """Connect within ``timeout`` seconds. Raises ``PeerLostError``."""
+        """Connect within ``timeout`` seconds. Raises ``PeerLostError``, as NotPairedError where
+        the other end is no device of our cluster. One that refuses *us* may say so only later:
+        the first read then raises it."""
         ...
 
     async def listen(self, host: str, port: int, on_stream: OnStream) -> Listener:
@@ -122,6 +124,9 @@ class Handlers:
     def __init__(self, on_stream: OnStream) -> None:
         self._on_stream = on_stream
         self._streams: dict[asyncio.Task[None], Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
 
     def start(self, stream: Stream) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(stream))

@@ -12,8 +12,8 @@ import contextlib
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from edgellm.errors import PeerLostError
 from edgellm.transport.base import MAX_BUFFERED_BYTES, Buffer, Handlers, OnStream
@@ -31,6 +31,7 @@ _LINGER_S = 5.0
 _FAMILY_DELAY_S = 0.25
 """Head start of an address over the next one (RFC 8305), where a name has several."""
 _PORTS = 1 << 16
+_Made = TypeVar("_Made", bound=asyncio.Protocol)
 _KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
 _USER_TIMEOUT_MS = 6000
 """Unacknowledged data for this long breaks the connection: the only way to see a black hole."""
@@ -90,11 +91,9 @@ class TcpStream(asyncio.Protocol):
             self._inbox.fail(error)
             transport.abort()
             raise error
-        if size < _JOIN_BELOW:
-            transport.write(b"".join(buffers) if len(buffers) > 1 else buffers[0] if size else b"")
-        else:
-            for each in buffers:
-                transport.write(each)
+        if size < _JOIN_BELOW and len(buffers) > 1:
+            buffers = (b"".join(buffers),)
+        self._send(transport, buffers)
 
     @property
     def congested(self) -> bool:
@@ -109,6 +108,7 @@ class TcpStream(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
+        self._say_goodbye(transport)
         transport.close()
         if transport.get_write_buffer_size():
             self._loop.call_later(_LINGER_S, transport.abort)
@@ -124,13 +124,12 @@ class TcpStream(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH)
         peer = transport.get_extra_info("peername")
-        self._peername = _shown(peer)
+        self._peername = shown(peer)
         self._local = _is_loopback(peer)
         sock = transport.get_extra_info("socket")
         if sock is not None:
             _tune(sock)
-        if self._handlers is not None:
-            self._handlers.start(self)
+        self._connected(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._inbox.put(data)
@@ -157,7 +156,24 @@ class TcpStream(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._gate.open()
 
+    # --- what an encrypted stream does otherwise ----------------------------------------
+
+    def _connected(self, transport: asyncio.Transport) -> None:
+        del transport
+        self._serve()
+
+    def _send(self, transport: asyncio.Transport, buffers: Sequence[Buffer]) -> None:
+        for each in buffers:
+            transport.write(each)
+
+    def _say_goodbye(self, transport: asyncio.Transport) -> None:
+        """The last that is sent; the end of a TCP stream says enough by itself."""
+
     # --- glue -------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        if self._handlers is not None:
+            self._handlers.start(self)
 
     def _usable(self) -> asyncio.Transport:
         if self._inbox.error is not None:
@@ -190,36 +206,53 @@ class TcpTransport:
     """Dials and listens with TCP."""
 
     async def dial(self, host: str, port: int, timeout: float) -> TcpStream:  # noqa: ASYNC109
-        loop = asyncio.get_running_loop()
-        where = _shown((host, port))
-        if not 0 < port < _PORTS:
-            raise PeerLostError(f"cannot connect to {where}: no such port.")
-        try:
-            async with asyncio.timeout(timeout):
-                # Another loop than asyncio's own (uvloop) tries one address after the other.
-                more: dict[str, Any] = (
-                    {"happy_eyeballs_delay": _FAMILY_DELAY_S}
-                    if isinstance(loop, asyncio.BaseEventLoop)
-                    else {}
-                )
-                _, stream = await loop.create_connection(TcpStream, host, port, **more)
-        except TimeoutError as error:
-            raise PeerLostError(f"{where} did not answer within {timeout:g} s.") from error
-        except (OSError, UnicodeError) as error:
-            raise PeerLostError(f"cannot connect to {where}: {_reason(error)}.") from error
-        return stream
+        async with within(timeout, host, port):
+            return await connect(TcpStream, host, port)
 
     async def listen(self, host: str, port: int, on_stream: OnStream) -> TcpListener:
-        loop = asyncio.get_running_loop()
         handlers = Handlers(on_stream)
-        try:
-            server = await loop.create_server(lambda: TcpStream(handlers), host, port)
-        except (OSError, UnicodeError, OverflowError) as error:
-            where = _shown((host, port))
-            raise PeerLostError(
-                f"cannot listen on {where}: {_reason(error)}.", hint="Choose another port."
-            ) from error
-        return TcpListener(server, handlers)
+        return TcpListener(await serve(lambda: TcpStream(handlers), host, port), handlers)
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float, host: str, port: int) -> AsyncIterator[None]:
+    """Raises PeerLostError when the body takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        where = shown((host, port))
+        raise PeerLostError(f"{where} did not answer within {seconds:g} s.") from error
+
+
+async def connect(make: Callable[[], _Made], host: str, port: int) -> _Made:
+    """A TCP connection for the protocol that ``make`` makes. Raises PeerLostError."""
+    loop = asyncio.get_running_loop()
+    where = shown((host, port))
+    if not 0 < port < _PORTS:
+        raise PeerLostError(f"cannot connect to {where}: no such port.")
+    # Another loop than asyncio's own (uvloop) tries one address after the other.
+    more: dict[str, Any] = (
+        {"happy_eyeballs_delay": _FAMILY_DELAY_S} if isinstance(loop, asyncio.BaseEventLoop) else {}
+    )
+    try:
+        _, made = await loop.create_connection(make, host, port, **more)
+    except TimeoutError:
+        raise  # ours, or the system's own: nobody answered
+    except (OSError, UnicodeError) as error:
+        raise PeerLostError(f"cannot connect to {where}: {_reason(error)}.") from error
+    return made
+
+
+async def serve(make: Callable[[], asyncio.Protocol], host: str, port: int) -> asyncio.Server:
+    """A listening socket that gives each connection what ``make`` makes. Raises PeerLostError."""
+    try:
+        return await asyncio.get_running_loop().create_server(make, host, port)
+    except (OSError, UnicodeError, OverflowError) as error:
+        where = shown((host, port))
+        raise PeerLostError(
+            f"cannot listen on {where}: {_reason(error)}.", hint="Choose another port."
+        ) from error
 
 
 def _tune(sock: socket.socket) -> None:
@@ -237,7 +270,8 @@ def _tune(sock: socket.socket) -> None:
             sock.setsockopt(level, option, value)
 
 
-def _shown(address: object) -> str:
+def shown(address: object) -> str:
+    """A socket's address for people: ``host:port``."""
     if not isinstance(address, tuple) or len(address) < 2:
         return "?"
     host, port = str(address[0]), address[1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
@@ -97,6 +97,10 @@ class Timeouts:
     """Silence after which it counts as lost."""
     max_lag_s: float = 0.5
     """A timer handled later than this says that *we* were stopped: nobody is accused for it."""
+
+
+NO_HEARTBEATS: Final = Timeouts(ping_after_s=1e8, dead_after_s=2e8)
+"""Only to measure what heartbeats cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +279,15 @@ class Connection:
         events.append(Opened(message))
 
     # --- time -------------------------------------------------------------------------
+
+    @property
+    def heard_at(self) -> float:
+        """When the last byte came from the peer, by the clock that it is driven with."""
+        return self._heard
+
+    def allow_silence(self, seconds: float) -> None:
+        """Count the peer as lost after so much silence, from now on."""
+        self._timeouts = replace(self._timeouts, dead_after_s=seconds)
 
     def next_timer(self) -> float | None:
         """When ``handle_timer`` wants to be called; None when there is nothing to wait for."""

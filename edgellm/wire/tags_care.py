@@ -16,6 +16,8 @@ from edgellm.wire.spec import Spec
 
 PAGE_CELLS = 64
 """Positions in a page; the last one of a sequence may hold fewer."""
+MAX_PAGE_BYTES = 4 << 20
+"""Payload of a page; one of larger cells holds fewer of them."""
 MAX_PAGES = 1 << 20
 PAGE_KINDS = ("cells", "state")
 

@@ -10,6 +10,7 @@ from edgellm.wire.trust import (
     Forgot,
     Goodbye,
     Introduce,
+    InvitationNews,
     InvitationOpen,
     Leave,
     MembersSeen,
@@ -65,4 +66,15 @@ TRUST = (
     Spec(76, Goodbye, (("reason", schema.label(200)), ("within_s", _SECONDS))),
     Spec(77, ProbePeer, (_REQUEST, _DEVICE_ID)),
     Spec(78, PeerProbed, (_REQUEST, ("silent_s", _SECONDS))),
+    Spec(
+        79,
+        InvitationNews,
+        (
+            _REQUEST,
+            ("over", schema.flag),
+            ("device_id", schema.label(64)),
+            ("name", schema.label(MAX_NAME)),
+            _PROBLEM,
+        ),
+    ),
 )

@@ -41,7 +41,7 @@ class OpenInvitation:
 
     request: int
     within_s: float
-    """How long the invitation is to last."""
+    """How long the invitation is to last; 0 ends the one that is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,20 @@ class InvitationOpen:
     """Empty where there is a problem."""
     expires_s: float
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class InvitationNews:
+    """To who opened an invitation: what came of it. Sent at every try, and at its end."""
+
+    request: int
+    over: bool
+    """Whether nobody can join by it any more."""
+    device_id: str
+    """Who joined; empty where nobody did."""
+    name: str
+    problem: str
+    """Why somebody did not join, or why it is over without anybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,7 @@ TrustMessage: TypeAlias = (
     | Introduce
     | OpenInvitation
     | InvitationOpen
+    | InvitationNews
     | Forget
     | Forgot
     | Leave

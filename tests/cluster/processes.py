@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from edgellm import localcluster
 from edgellm.errors import EdgeError
 from tests.conftest import ROOT
 
@@ -41,16 +42,28 @@ class Ended:
 
 def environment(temp: Path) -> dict[str, str]:
     """Ours, with a temporary folder that the test can look into, and no EDGELLM_ settings but
-    those that keep strangers' devices, and measurements, out of it."""
+    those that keep strangers' devices, other machines, and measurements out of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EDGELLM_")}
     path = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH", ""))))
     return kept | {
         "PYTHONPATH": path,
         "TMPDIR": str(temp),
-        "EDGELLM_HOME": str(temp / "home"),
+        "EDGELLM_HOME": str(home_in(temp)),
         "EDGELLM_DISCOVERY": "0",
         "EDGELLM_PROBE": "0",
+        "EDGELLM_LISTEN": "127.0.0.1",
     }
+
+
+def pair_homes(*homes: Path) -> None:
+    """Make the devices of these homes one cluster, as if they had been paired by codes. Whoever
+    runs already takes notice."""
+    localcluster.pair_homes({home: f"device-{number}" for number, home in enumerate(homes)})
+
+
+def home_in(temp: Path) -> Path:
+    """The home of the commands that run with this temporary folder."""
+    return temp / "home"
 
 
 def start(arguments: Sequence[str], temp: Path) -> subprocess.Popen[str]:
@@ -91,7 +104,9 @@ def told(ended: Ended, code: int, *words: str) -> dict[str, Any]:
     error = ended.json["error"]
     assert isinstance(error, dict)
     assert error["exit_code"] == code
-    assert set(error) <= {"code", "message", "exit_code", "hint", "device", "field"}
+    came_before = {"text", "tokens"}
+    fields = {"code", "message", "exit_code", "hint", "device", "field"}
+    assert set(error) <= fields | came_before
     for word in words:
         assert word in ended.err
     assert "Traceback" not in ended.err

@@ -19,7 +19,9 @@ from tests.cluster.processes import (
     edgellm,
     end_tree,
     finish,
+    home_in,
     left_behind,
+    pair_homes,
     start,
     told,
     wait_for,
@@ -54,7 +56,7 @@ def test_demo_prints_one_object_with_every_field(model: str, tiny: Path, tmp_pat
     assert ended.out.count("\n") == 1
     made = ended.json
     names = {"text", "tokens", "finish_reason", "mode", "plan", "load", "timings", "wire"}
-    assert made.keys() == names
+    assert made.keys() == names | {"recoveries"}
     assert [load["device"] for load in made["load"]] == ["a", "b", "c"]
     assert all(load["load_s"] >= 0 and load["total_s"] > 0 for load in made["load"])
     assert len(made["tokens"]) == 20
@@ -126,8 +128,13 @@ def test_exact_is_reference_mode(tiny: Path, tmp_path: Path) -> None:
 # --- chat, with peers -----------------------------------------------------------------
 
 
-HOME_FILES = {"device_id", "node.lock", "peers.json", "cache", "cache/partial", "cache/shards"}
-"""Who this device is, the lock that keeps a second node out, whom it met, and an empty cache."""
+IDENTITY = {"boot", "certificate.pem", "key.pem", "lock", "trust.json"}
+HOME_FILES = {
+    *("node.lock", "peers.json", "cache", "cache/partial", "cache/shards"),
+    *("identity", *(f"identity/{name}" for name in IDENTITY)),
+}
+"""Who this device is and whom it trusts, the lock that keeps a second node out, whom it met, and an
+empty cache."""
 
 
 def stays(folder: Path) -> set[str]:
@@ -151,9 +158,16 @@ def peer(tmp_path: Path) -> Iterator[str]:
     assert stays(folder) <= HOME_FILES
 
 
+def paired(tmp_path: Path, name: str = "") -> Path:
+    """The folder of a device that is paired with the kitchen's."""
+    folder = tmp_path / name
+    folder.mkdir(exist_ok=True)
+    pair_homes(home_in(tmp_path / "kitchen"), home_in(folder))
+    return folder
+
+
 def test_chat_over_this_device_and_a_peer(peer: str, tmp_path: Path) -> None:
-    folder = tmp_path / "desk"
-    folder.mkdir()
+    folder = paired(tmp_path, "desk")
     ended = edgellm(
         "chat", *STUB, "--peer", peer, "--name", "desk", "--stages", "desk:0-2,kitchen:2-6",
         "--temperature", "0", "--max-tokens", "20", "--json", temp=folder,
@@ -181,6 +195,14 @@ def test_two_nodes_cannot_have_one_home(peer: str, tmp_path: Path) -> None:
     assert "--home" in ended.err
 
 
+def test_a_peer_that_is_not_paired_is_said_to_be_so(peer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "guest"
+    folder.mkdir()
+    ended = edgellm("chat", *STUB, "--peer", peer, "--json", temp=folder)
+    error = told(ended, 4, "edgellm invite")
+    assert error["code"] == "not_paired"
+
+
 def test_chat_alone(tmp_path: Path) -> None:
     ended = edgellm(
         "chat", *STUB, "--temperature", "0", "--max-tokens", "20", "--json", temp=tmp_path
@@ -190,6 +212,7 @@ def test_chat_alone(tmp_path: Path) -> None:
 
 def test_two_devices_of_one_name_are_told_apart(peer: str, tmp_path: Path) -> None:
     """Every Raspberry Pi is called raspberrypi at first."""
+    paired(tmp_path)
     ended = edgellm("devices", "--peer", peer, "--name", "kitchen", "--json", temp=tmp_path)
     assert ended.code == 0, ended.err
     here, there = ended.json["devices"]
@@ -274,7 +297,7 @@ def test_join_until_standard_input_closes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("--listen", "203.0.113.1"), 2),  # not before there is pairing
+        (("--listen", "203.0.113.1"), 2),  # none of ours
         (("--name", "a,b"), 2),
         (("--memory", "x"), 2),
         (("--pin", "a"), 2),
@@ -286,8 +309,7 @@ def test_a_join_that_cannot_be(arguments: tuple[str, ...], code: int, tmp_path: 
 
 
 def test_a_node_that_is_terminated_ends_its_stages(peer: str, tmp_path: Path) -> None:
-    folder = tmp_path / "client"
-    folder.mkdir()
+    folder = paired(tmp_path, "client")
     slow = ("--model", "stub:6:delay=0.02", "--prompt", PROMPT, "--max-tokens", "2000")
     process = start(
         ["chat", *slow, "--name", "desk", "--peer", peer, "--stages", "desk:0-3,kitchen:3-6"],

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import edgellm, finish, start, told
+from tests.cluster.processes import edgellm, finish, home_in, pair_homes, start, told
 
 STUB = ("--model", "stub:6")
 NAMES = ("desk", "kitchen")
 
 
 @pytest.fixture
-def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def peer(tmp_path: Path) -> Iterator[str]:
     """A node named kitchen in a process of its own."""
-    process = start(["join", "--name", "kitchen", "--json"], tmp_path_factory.mktemp("kitchen"))
+    folder = tmp_path / "kitchen"
+    folder.mkdir()
+    process = start(["join", "--name", "kitchen", "--json"], folder)
     assert process.stdout is not None
     yield str(json.loads(process.stdout.readline())["address"])
     process.terminate()
@@ -25,6 +27,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_devices(peer: str, tmp_path: Path) -> None:
+    pair_homes(home_in(tmp_path / "kitchen"), home_in(tmp_path))
     asked = ("devices", "--name", "desk", "--peer", peer)
     ended = edgellm(*asked, "--json", temp=tmp_path)
     assert ended.code == 0, ended.err
@@ -42,6 +45,7 @@ def test_devices(peer: str, tmp_path: Path) -> None:
 
 
 def test_a_plan(peer: str, tmp_path: Path) -> None:
+    pair_homes(home_in(tmp_path / "kitchen"), home_in(tmp_path))
     asked = ("plan", *STUB, "--name", "desk", "--peer", peer, "--stages", "desk:0-2,kitchen:2-")
     ended = edgellm(*asked, "--json", temp=tmp_path)
     assert ended.code == 0, ended.err
@@ -60,8 +64,7 @@ def test_what_is_loaded(peer: str, tmp_path: Path) -> None:
     """While an answer is being made, seen from another device."""
     slow = ("--model", "stub:6:delay=0.02", "--prompt", "x", "--max-tokens", "3000")
     folders = [tmp_path / name for name in ("desk", "couch")]
-    for folder in folders:
-        folder.mkdir()
+    pair_homes(*map(home_in, (tmp_path / "kitchen", *folders)))
     asked = ["chat", *slow, "--name", "desk", "--peer", peer, "--stages", "desk:0-2,kitchen:2-6"]
     process = start(asked, folders[0])
     try:

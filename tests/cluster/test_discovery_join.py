@@ -7,18 +7,22 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
+from edgellm.client import Cluster
 from edgellm.discovery.base import How, Sighting
 from edgellm.discovery.find import find_devices
+from edgellm.errors import PeerLostError
 from edgellm.localcluster import local_cluster, local_devices
 from edgellm.node import Node
 from edgellm.settings import NodeSettings
-from tests.cluster.processes import edgellm, environment, told, wait_for
+from tests.cluster.processes import edgellm, environment, pair_homes, told, wait_for
 
 
 @dataclass
@@ -60,6 +64,7 @@ def joined(folder: Path, name: str, *options: str) -> Iterator[Joined]:
 @pytest.mark.parametrize("way", ["mdns", "peer"])
 def test_two_devices_of_one_machine_find_and_lose_each_other(way: str, tmp_path: Path) -> None:
     options = ("--discovery",) if way == "mdns" else ("--no-discovery",)
+    pair_homes(tmp_path / "kitchen", tmp_path / "attic")
     with joined(tmp_path, "kitchen", *options) as kitchen:
         told_peer = ("--peer", kitchen.address) if way == "peer" else ()
         with joined(tmp_path, "attic", *options, *told_peer) as attic:
@@ -96,20 +101,68 @@ def test_a_join_that_cannot_be(
     told(edgellm("join", *options, "--json", temp=tmp_path), code, words)
 
 
-def test_who_listens_on_all_networks_is_warned(tmp_path: Path) -> None:
-    with joined(tmp_path, "kitchen", "--listen", "0.0.0.0") as kitchen:
-        assert "0.0.0.0" not in kitchen.address
-        wait_for(lambda: "anyone on this network" in kitchen.said())
+def test_a_node_listens_on_all_networks_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only this machine's own commands find it by the lock, over loopback."""
+    usual = environment(tmp_path)
+    del usual["EDGELLM_LISTEN"]
+    monkeypatch.setitem(globals(), "environment", lambda temp: usual)
+    with joined(tmp_path, "kitchen") as kitchen:
+        port = _port(kitchen.address)
         lock = (tmp_path / "kitchen" / "node.lock").read_text(encoding="ascii")
-        assert lock == "127.0.0.1:" + kitchen.address.rpartition(":")[2]
+        assert lock == f"127.0.0.1:{port}"
+        listening = {
+            connection.laddr.ip
+            for connection in psutil.Process(kitchen.process.pid).net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        }
+        assert "0.0.0.0" in listening
+
+
+@pytest.mark.parametrize("way", ["mdns", "peer"])
+def test_devices_that_are_not_paired_do_not_connect(way: str, tmp_path: Path) -> None:
+    """Two clusters on one network never mix; who was named by a person is told of in words."""
+    options = ("--discovery",) if way == "mdns" else ("--no-discovery",)
+    pair_homes(tmp_path / "kitchen", tmp_path / "pantry")
+    pair_homes(tmp_path / "attic", tmp_path / "cellar")
+    with joined(tmp_path, "kitchen", *options) as kitchen:
+        told_peer = ("--peer", kitchen.address) if way == "peer" else ()
+        with joined(tmp_path, "attic", *options, *told_peer) as attic:
+            if way == "peer":
+                wait_for(lambda: f"No device at {kitchen.address} yet" in attic.said(), 5.0)
+                assert "edgellm invite" in attic.said()
+                wait_for(lambda: "not paired" in kitchen.said(), 5.0)
+            else:
+                seen = edgellm("devices", "--discovery", "--wait", "3", "--json", temp=tmp_path)
+                unpaired = {each["name"]: each["id"] for each in seen.json["unpaired"]}
+                assert unpaired.keys() >= {"kitchen", "attic"}
+                assert json.loads(kitchen.out.read_bytes())["id"] == unpaired["kitchen"]
+                assert len(seen.json["devices"]) == 1
+            assert "Found" not in kitchen.said() + attic.said()
+
+
+def test_who_is_paired_while_both_run_is_found(tmp_path: Path) -> None:
+    with (
+        joined(tmp_path, "kitchen", "--discovery") as kitchen,
+        joined(tmp_path, "attic", "--discovery") as attic,
+    ):
+        time.sleep(1.0)
+        assert "Found" not in kitchen.said() + attic.said()
+        pair_homes(tmp_path / "kitchen", tmp_path / "attic")
+        wait_for(lambda: "Found device attic" in kitchen.said(), 8.0)
+        wait_for(lambda: "Found device kitchen" in attic.said(), 8.0)
 
 
 async def test_local_nodes_meet_only_if_asked_to(tmp_path: Path) -> None:
     devices = local_devices(2, memory_bytes=1 << 30, processors=(0, 1), pin=False)
-    async with local_cluster(devices[:1]) as (first,):
-        friend = replace(devices[1], peers=(first.address,))
+    homes = [tmp_path / name for name in "abc"]
+    pair_homes(*homes)
+    async with local_cluster([replace(devices[0], home=homes[0])]) as local:
+        (first,) = local.nodes
+        friend = replace(devices[1], peers=(first.address,), home=homes[1])
         async with local_cluster([friend]):
-            settings = NodeSettings("c", tmp_path, peers=(("127.0.0.1", _port(first.address)),))
+            settings = NodeSettings("c", homes[2], peers=(("127.0.0.1", _port(first.address)),))
             node = Node(settings)
             await node.start()
             try:
@@ -121,6 +174,20 @@ async def test_local_nodes_meet_only_if_asked_to(tmp_path: Path) -> None:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2])
+
+
+async def test_local_nodes_without_encryption(tmp_path: Path) -> None:
+    """For measuring what encryption costs. A device that encrypts gets nowhere with them."""
+    made = local_devices(3, memory_bytes=1 << 30, processors=(0, 1), pin=False)
+    plain = [replace(device, secure=False) for device in made]
+    async with local_cluster(plain[:2], own=plain[2]) as local:
+        async with Cluster.connect(local.addresses, local=local.own) as cluster:
+            assert {peer.info.name for peer in cluster.devices()} == set("abc")
+            links = await cluster.links()
+            assert len(links) == 6 and not any(link.problem for link in links)
+        with pytest.raises(PeerLostError):
+            async with Cluster.connect(local.addresses, home=tmp_path):
+                pass
 
 
 async def test_a_command_finds_nodes_without_being_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import pytest
 from edgellm.answer import GenerateOptions, LoadOptions
 from edgellm.client import Cluster
 from edgellm.errors import FetchError, PeerLostError
-from edgellm.localcluster import LocalNode, local_cluster, local_devices
+from edgellm.localcluster import LocalCluster, local_cluster, local_devices
 from edgellm.modelfile import read_card
 from edgellm.modelfile.cut import embedding_recipe, shard_recipe
 from edgellm.runtime.session import Session
@@ -39,17 +39,17 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.asynccontextmanager
-async def devices(home: Path, count: int) -> AsyncIterator[list[LocalNode]]:
+async def devices(home: Path, count: int) -> AsyncIterator[LocalCluster]:
     """Nodes a, b, ... whose homes stay."""
     made = local_devices(count, memory_bytes=4 << 30, processors=range(count), pin=False)
     kept = [dataclasses.replace(device, home=home / device.name) for device in made]
-    async with local_cluster(kept) as nodes:
-        yield nodes
+    async with local_cluster(kept) as local:
+        yield local
 
 
 @contextlib.asynccontextmanager
-async def connected(nodes: Sequence[LocalNode]) -> AsyncIterator[Cluster]:
-    async with Cluster.connect([node.address for node in nodes]) as cluster:
+async def connected(local: LocalCluster) -> AsyncIterator[Cluster]:
+    async with Cluster.connect(local.addresses, home=local.home) as cluster:
         yield cluster
 
 
@@ -75,7 +75,7 @@ async def test_a_worker_gets_its_spans_bytes_and_the_second_load_none(
     tmp_path: Path, shared_models: Path
 ) -> None:
     path = shared_models / STORIES
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         first, text = await load(cluster, path, "a:0-3,b:3-5")
         for figures, span in zip(first, ((0, 3), (3, 5)), strict=True):
             assert figures["fetched_bytes"] == span_bytes(path, *span)
@@ -83,7 +83,7 @@ async def test_a_worker_gets_its_spans_bytes_and_the_second_load_none(
         again, same = await load(cluster, path, "a:0-3,b:3-5")
         assert [figures["fetched_bytes"] for figures in again] == [0, 0]
         assert same == text
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:  # started anew
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:  # started anew
         later, same = await load(cluster, path, "a:0-3,b:3-5")
         assert [figures["fetched_bytes"] for figures in later] == [0, 0]
         assert same == text
@@ -93,7 +93,7 @@ async def test_a_boundary_moved_by_one_layer_moves_one_layers_bytes(
     tmp_path: Path, shared_models: Path
 ) -> None:
     path = shared_models / STORIES
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         await load(cluster, path, "a:0-3,b:3-5")
         moved, _ = await load(cluster, path, "a:0-2,b:2-5")
         layer = span_bytes(path, 2, 5) - span_bytes(path, 3, 5)
@@ -101,13 +101,21 @@ async def test_a_boundary_moved_by_one_layer_moves_one_layers_bytes(
 
 
 async def test_a_device_that_has_the_tensors_gives_them_as_well(
-    tmp_path: Path, shared_models: Path
+    tmp_path: Path, shared_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sources at once: the coordinator, and a, which ran these layers before."""
+    """Two sources at once: the coordinator, and a, which ran these layers before. The coordinator
+    takes its time, or it might have given all of so small a model before b is connected to a."""
+    read = Shares.read
+
+    def slowly(shares: Shares, digest: str, offset: int, length: int) -> bytes | None:
+        time.sleep(0.01)
+        return read(shares, digest, offset, length)
+
+    monkeypatch.setattr(Shares, "read", slowly)
     path = shared_models / "TinyStories-656K-q8_0.gguf"
     layers = read_card(path).n_layers
-    async with devices(tmp_path, 2) as nodes:
-        async with connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local:
+        async with connected(local) as cluster:
             await load(cluster, path, f"a:0-{layers}")
             only, _ = await load(cluster, path, f"b:0-{layers}")
         fetched = {name: count for name, count in only[0].items() if name.startswith("from:")}
@@ -120,7 +128,7 @@ async def test_a_flipped_byte_on_disk_is_found_before_anything_loads_it(
     tmp_path: Path, shared_models: Path
 ) -> None:
     path = shared_models / STORIES
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         _, text = await load(cluster, path, "a:0-3,b:3-5")
         (shard,) = (tmp_path / "b" / "cache" / "shards").glob("*.gguf")
         data = bytearray(shard.read_bytes())
@@ -136,7 +144,7 @@ async def test_a_source_that_gives_wrong_bytes_is_refused_in_words(
     tmp_path: Path, shared_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = shared_models / STORIES
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         read = type(cluster._coordinator.shares).read
 
         def lie(shares: object, digest: str, offset: int, length: int) -> bytes | None:
@@ -170,14 +178,14 @@ async def test_a_device_killed_in_mid_transfer_goes_on_where_it_was(
         return data
 
     monkeypatch.setattr(Shares, "read", slowly)
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         task = asyncio.create_task(load(cluster, path, "a:0-2,b:2-5"))
         await until(lambda: served > total // 2 or task.done())
-        nodes[1].process.kill()
+        local.nodes[1].process.kill()
         with pytest.raises(PeerLostError):
             await task
     assert not list((tmp_path / "b").rglob("shards/*"))
-    async with devices(tmp_path, 2) as nodes, connected(nodes) as cluster:
+    async with devices(tmp_path, 2) as local, connected(local) as cluster:
         (_, second), text = await load(cluster, path, "a:0-2,b:2-5")
         assert second["resumed_bytes"] > 8 << 20
         assert second["resumed_bytes"] + second["fetched_bytes"] == total

@@ -55,7 +55,8 @@ def start_in_memory(tmp_path: Path) -> StartInline:
 async def loaded(
     cluster: InlineCluster, stages: str, *, model: str = f"stub:{LAYERS}", **options: Any
 ) -> AsyncIterator[LoadedModel]:
-    options = {"chunk": 8, "sequences": 4, "context": 256, **options}
+    """Without recovery: what becomes of a loss by itself. ``test_recovery`` has what follows."""
+    options = {"chunk": 8, "sequences": 4, "context": 256, "recover": False, **options}
     async with cluster.client.load(model, LoadOptions(stages=stages, **options)) as made:
         yield made
 

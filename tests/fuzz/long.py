@@ -9,8 +9,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.fuzz import targets, test_fuzz_pages
 from tests.fuzz.driver import FindingError, Target, check, run
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.pairing_targets import TARGETS as PAIRING
+
+TARGETS = (*targets.TARGETS, *PAIRING, *test_fuzz_pages.TARGETS)
 
 
 def main() -> int:

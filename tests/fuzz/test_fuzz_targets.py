@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.driver import FindingError, Target, check, mutated, run
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.pairing_targets import TARGETS as PAIRING
+from tests.fuzz.targets import TARGETS as PARSERS
+
+TARGETS = (*PARSERS, *PAIRING)
 
 COUNT = 1000
 

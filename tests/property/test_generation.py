@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.scheduler.generation import Effect, Emit, Finish, Generation, SendStep
+from edgellm.scheduler.generation import (
+    TOKENS_A_CHUNK,
+    Effect,
+    Emit,
+    Finish,
+    Generation,
+    SendStep,
+)
 from edgellm.types import FinishReason
 
 pytestmark = pytest.mark.pure
@@ -70,6 +77,8 @@ class Pipeline:
     shown: list[int] = field(default_factory=list)
     finished: FinishReason | None = None
     sent: int = 0
+    window: int | None = None
+    """Of the pipeline of the moment, where it is another one than the case's."""
 
     def carry_out(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -80,7 +89,7 @@ class Pipeline:
                 assert self.sent <= len(self.generation.tokens), "only the journal is sent"
                 assert self.sent <= self.case.context
                 self.in_flight.append(effect)
-                assert len(self.in_flight) <= self.case.window
+                self.check_window()
                 assert effect.count <= self.case.chunk or effect.count == 1
             elif isinstance(effect, Emit):
                 assert self.generation.tokens[effect.position] == effect.token
@@ -88,6 +97,17 @@ class Pipeline:
                 self.shown.append(effect.token)
             elif isinstance(effect, Finish):
                 self.finished = effect.reason
+
+    def check_window(self) -> None:
+        window = self.window or self.case.window
+        replays = self.window is not None and all(step.count == 1 for step in self.in_flight)
+        assert len(self.in_flight) <= window * (TOKENS_A_CHUNK if replays else 1)
+
+    def replaced(self, position: int, window: int, exact: bool) -> None:
+        """Another pipeline, which holds the tokens before ``position``."""
+        self.in_flight.clear()
+        self.sent, self.window = position, window
+        self.carry_out(self.generation.resume(window=window, position=position, exact=exact))
 
     def answer(self, step: SendStep) -> tuple[int, int]:
         end = step.position + step.count
@@ -138,6 +158,44 @@ def noise(
     )
     # A position is answered once only: an earlier result can never be the next one.
     return st.lists(st.sampled_from([*before, wrong_kind]) | elsewhere, max_size=4)
+
+
+@given(case=cases(), data=st.data())
+def test_any_number_of_losses_at_any_moment_never_change_the_answer(
+    case: Case, data: st.DataObject
+) -> None:
+    generation = Generation(
+        case.prompt,
+        max_tokens=case.max_tokens,
+        chunk=case.chunk,
+        window=case.window,
+        context=case.context,
+        stop_tokens=frozenset({STOP_TOKEN}) if case.stops else frozenset(),
+    )
+    pipeline = Pipeline(case, generation)
+    pipeline.carry_out(generation.begin())
+    losses = data.draw(st.lists(st.integers(0, 8), max_size=6))
+    exact = data.draw(st.booleans())
+    while pipeline.finished is None:
+        if losses and losses[-1] == 0:
+            losses.pop()
+            journal, shown = list(generation.tokens), list(pipeline.shown)
+            position = data.draw(st.sampled_from([0, generation.acknowledged]))
+            pipeline.replaced(position, data.draw(st.integers(1, 5)), exact)
+            assert (generation.tokens, pipeline.shown) == (journal, shown)
+            if exact:
+                for step in pipeline.in_flight:
+                    where = step.position
+                    inside = where < len(case.prompt)
+                    assert where % case.chunk == 0 if inside else step.count == 1
+            continue
+        if losses:
+            losses[-1] -= 1
+        pipeline.carry_out(generation.on_result(*pipeline.answer(pipeline.in_flight.popleft())))
+    tokens, reason = oracle(case)
+    assert generation.tokens == tokens
+    assert pipeline.shown == tokens[len(case.prompt) :]
+    assert pipeline.finished is reason
 
 
 @given(case=cases(), after=st.integers(0, 10), reason=st.sampled_from(FinishReason))

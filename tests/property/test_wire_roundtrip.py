@@ -184,6 +184,7 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
     st.builds(trust.Goodbye, labels, durations),
     st.builds(trust.ProbePeer, ints, digests),
     st.builds(trust.PeerProbed, ints, durations),
+    st.builds(trust.InvitationNews, ints, st.booleans(), digests, labels, labels),
     st.builds(
         care.Rebind,
         st.just(1),

@@ -272,7 +272,7 @@ def test_two_benches_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as ended:
         bench_command(against_rpc=True, only_control=True)
     assert ended.value.code == UsageError.exit_code
-    assert "two benches" in capsys.readouterr().err
+    assert "different benches" in capsys.readouterr().err
 
 
 def _arguments(told: dict[str, object]) -> list[str]:

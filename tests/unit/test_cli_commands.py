@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from edgellm.answer import LoadOptions
 from edgellm.cli import devices, plan, ps
 from edgellm.cli.app import app
-from edgellm.cli.clusters import DeviceFacts, LinkFacts
+from edgellm.cli.clusters import DeviceFacts, LinkFacts, MemberFacts
 from edgellm.cli.devices import scaled, size
 from edgellm.cli.spread import spread
 from edgellm.client import explain
@@ -106,10 +106,10 @@ def test_devices_for_people() -> None:
     shown = drawn(devices.as_tables([device("a"), device("b", figures={}, engines=())], LINKS))
     rows = [line.split() for line in shown.splitlines() if line.strip()]
     assert rows[1] == [
-        "a", "a" * 12, "192.168.1.7:7171", "mdns", "llama", "4.0", "GiB", "3.0", "GiB",
+        "a", "a" * 12, "alive", "192.168.1.7:7171", "mdns", "llama", "4.0", "GiB", "3.0", "GiB",
         "8.40", "GB/s", "123", "GFLOP/s",
     ]  # fmt: skip
-    assert rows[2][4:] == ["none", "4.0", "GiB", "3.0", "GiB"]
+    assert rows[2][5:] == ["none", "4.0", "GiB", "3.0", "GiB"]
     assert rows[4] == ["a", "to", "b", "1.20", "ms", "117", "MB/s"]
     assert rows[5] == ["b", "to", "a", "it", "did", "not", "answer"]
 
@@ -125,6 +125,22 @@ def test_devices_for_programs() -> None:
         {"to": "b", "round_trip_s": 0.0012, "bytes_per_s": 117e6, "problem": ""}
     ]
     assert second["links"][0]["problem"] == "it did not answer"
+
+
+def test_devices_that_are_not_there_are_listed_too() -> None:
+    members = [
+        MemberFacts("a", "a" * 64, "suspected", 2.5, "silent for 2 s"),
+        MemberFacts("b", "b" * 64, "gone", 90.0, "silent for 5 s"),
+        MemberFacts("attic", "c" * 64, "left", 7200.0, "it was stopped"),
+    ]
+    told = devices.as_data([device("a"), device("b")], LINKS, members)["devices"]
+    states = [(each["name"], each["state"], each["state_since_s"]) for each in told]
+    # What answers us right now is not gone, whatever it looked like a moment ago.
+    assert states == [("a", "suspected", 2.5), ("b", "alive", None), ("attic", "left", 7200.0)]
+    assert told[2]["problem"] == "it was stopped"
+    lines = drawn(devices.as_tables([device("a"), device("b")], LINKS, members)).splitlines()
+    assert lines[3].split()[:6] == ["attic", "c" * 12, "left", "2", "h", "0"]
+    assert "attic left: it was stopped." in lines
 
 
 def test_a_plan_for_people_and_for_programs() -> None:

@@ -13,6 +13,7 @@ from edgellm.discovery.directory import (
     FIRST_RETRY_S,
     LAST_RETRY_S,
     MAX_TARGETS,
+    STEADY_S,
     Attempt,
     Directory,
     State,
@@ -99,6 +100,40 @@ def test_a_reached_device_is_left_alone_until_it_is_lost() -> None:
     (device,) = of.devices()
     assert (device.state, device.since, device.at) == (State.LOST, 50.0, AT_A)
     assert of.due(50.0) == [Attempt(A, (AT_A,))]
+
+
+def test_who_hangs_up_again_and_again_is_tried_ever_more_rarely() -> None:
+    of, now, gaps = directory(), 0.0, []
+    of.saw(sighting(), now)
+    for _ in range(6):
+        reached(of, now=now)
+        of.lost(A, now + 0.1)
+        due = of.next_due()
+        assert due is not None
+        gaps.append(round(due - now - 0.1, 3))
+        now = due
+    assert gaps == [0, 1, 2, 4, 8, 16]
+    reached(of, now=now)
+    of.lost(A, now + STEADY_S)  # a good connection makes good
+    assert of.next_due() == now + STEADY_S
+
+
+def test_who_left_on_purpose_is_tried_rarely_until_there_is_news() -> None:
+    of = directory()
+    of.saw(Sighting("", "", (AT_A,), How.TOLD), 0.0)
+    reached(of)
+    of.lost(A, 10.0, on_purpose=True)
+    assert of.due(13.9) == []
+    assert {each.device_id for each in of.due(14.0)} == {A, ""}
+    for attempt in (Attempt(A, (AT_A,)), Attempt("", (AT_A,))):
+        of.failed(attempt, 14.0)
+    assert of.next_due() == 14.0 + 8.0
+    of.soon(A, 15.0)
+    of.soon(B, 15.0)  # nobody knows where
+    assert of.next_due() == 15.0 + FIRST_RETRY_S
+    reached(of, now=16.0)
+    of.soon(A, 17.0)
+    assert of.next_due() is None
 
 
 def test_silence_evicts_nobody() -> None:

@@ -48,6 +48,13 @@ def test_devices_of_one_name_have_records_of_their_own() -> None:
     assert one.properties[b"name"] == other.properties[b"name"] == b"kitchen"
 
 
+@pytest.mark.parametrize("invites", [False, True])
+def test_whether_a_device_invites_is_announced(invites: bool) -> None:
+    seen = sighting_of(mdns.service_of(Announcement(A, "kitchen", 1, invites), HOSTS))
+    assert seen is not None
+    assert seen.invites is invites
+
+
 properties = st.dictionaries(
     st.sampled_from([b"id", b"name", b"v"]) | st.binary(max_size=20),
     st.none() | st.binary(max_size=255) | st.sampled_from([A.encode(), b"kitchen"]),
@@ -147,6 +154,39 @@ async def test_two_nodes_of_one_machine_see_each_other(multicast: None) -> None:
         assert (seen.name, seen.addresses) == ("b", (("127.0.0.1", 4711),))
         assert a.id not in a.seen
         assert not a.problems
+
+
+async def test_an_invitation_is_seen_while_it_is_open(multicast: None) -> None:
+    """By who has been there, and by who comes."""
+
+    async def until_invites(who: Member, whom: Member, invites: bool) -> None:
+        async with asyncio.timeout(5.0):
+            while who.seen[whom.id].invites is not invites:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async with members("a", "b") as (a, b):
+        await a.sees(b)
+        assert not a.seen[b.id].invites
+        b.mdns.invite(True)
+        await until_invites(a, b, True)
+        async with members("c") as (c,):
+            await c.sees(b)
+            await until_invites(c, b, True)
+        b.mdns.invite(False)
+        await until_invites(a, b, False)
+        assert a.seen[b.id].addresses == (("127.0.0.1", 4711),)
+
+
+async def test_an_invitation_that_opens_before_anything_is_announced(multicast: None) -> None:
+    async with members("a") as (a,):
+        b = Member("b", machine_interfaces)
+        b.mdns.invite(True)
+        await b.mdns.start(b.saw)
+        try:
+            await a.sees(b)
+            assert a.seen[b.id].invites, "from its first announcement on"
+        finally:
+            await b.mdns.close()
 
 
 async def test_who_comes_late_is_seen_and_a_seen_one_that_leaves_is_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from edgellm.discovery.find import find_devices
 from edgellm.discovery.known import KnownDevices
 from edgellm.discovery.memory import MemoryGround
 from edgellm.discovery.static import StaticDiscovery
-from edgellm.errors import DeadlineError, PeerLostError
+from edgellm.errors import DeadlineError, NotPairedError, PeerLostError
 from edgellm.runtime import reach as r
 from edgellm.runtime.neighbours import Event, Found, Lost, Neighbours, Unreachable
 from edgellm.runtime.session import Introduction, Session
@@ -48,6 +49,7 @@ class Device:
         self.accepted: list[Session] = []
         self.dialed: list[Address] = []
         self.transport = network.transport(name)
+        self.distrusted: set[str] = set()
         self.neighbours = Neighbours(
             self.id,
             name,
@@ -55,6 +57,7 @@ class Device:
             own=lambda: [self.address],
             remember=remember,
             this_machine_only=this_machine_only,
+            trusted=lambda device_id: device_id not in self.distrusted,
             interfaces=lambda: (),
             on_event=self.events.append,
             chance=lambda: 0.99,
@@ -385,6 +388,75 @@ async def test_a_race_that_is_cancelled_hangs_up(network: MemoryNetwork) -> None
             await race
         network.resume("b", "a")
         await until(lambda: all(session.ended for session in b.accepted))
+
+
+# --- trust ----------------------------------------------------------------------------
+
+
+async def test_strangers_are_counted_and_never_dialed(network: MemoryNetwork) -> None:
+    async with started(network, "a") as a, started(network, "b") as b:
+        a.distrusted.add(b.id)
+        for how in (How.MDNS, How.GOSSIP, How.KNOWN):
+            a.neighbours.saw(replace(b.sighting, how=how))
+        await asyncio.sleep(0.1)
+        assert a.neighbours.strangers() == (b.sighting,)
+        assert a.neighbours.peers() == ()
+        assert a.dialed == []
+
+
+async def test_a_stranger_that_comes_to_belong_to_us_is_reached(network: MemoryNetwork) -> None:
+    """Though nobody says again where it is."""
+    async with started(network, "a") as a, started(network, "b") as b:
+        a.distrusted.add(b.id)
+        a.neighbours.saw(replace(b.sighting, how=How.GOSSIP))
+        a.distrusted.clear()
+        a.neighbours.trust_changed()
+        await a.reaches("b")
+        assert a.neighbours.strangers() == ()
+
+
+async def test_who_belongs_to_us_no_more_is_hung_up_on_and_not_looked_for(
+    network: MemoryNetwork,
+) -> None:
+    async with started(network, "a") as a, started(network, "b") as b:
+        a.neighbours.saw(b.sighting)
+        await a.reaches("b")
+        session = a.neighbours.session_with(b.id)
+        assert session is not None
+        a.distrusted.add(b.id)
+        a.neighbours.trust_changed()
+        assert session.ended
+        assert a.neighbours.peers() == ()
+        dialed = len(a.dialed)
+        await asyncio.sleep(0.8)  # longer than until the first retry
+        assert len(a.dialed) == dialed
+        assert [type(event) for event in a.events] == [Found]  # nobody waits for it
+
+
+async def test_a_told_address_that_lets_nobody_in_is_said_with_what_to_do(
+    network: MemoryNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(*arguments: object, **named: object) -> Session:
+        raise NotPairedError("it is not ours.", hint="Run edgellm invite.")
+
+    monkeypatch.setattr(Session, "dial", refused)
+    static = StaticDiscovery([("127.0.1.98", 7)])
+    async with started(network, "a", lambda device: [static]) as a:
+        await until(lambda: bool(a.events))
+        assert a.events == [
+            Unreachable("", "", "127.0.1.98:7", "it is not ours. Run edgellm invite")
+        ]
+
+
+async def test_one_address_that_refuses_us_names_the_error(network: MemoryNetwork) -> None:
+    async def dial(host: str, port: int) -> Session:
+        if host == "refuses":
+            raise NotPairedError("it is not ours.", hint="Run edgellm invite.")
+        raise PeerLostError("nobody is there.")
+
+    with pytest.raises(NotPairedError, match="nobody is there; it is not ours") as caught:
+        await r.reach(dial, [("silent", 1), ("refuses", 1)])
+    assert caught.value.hint == "Run edgellm invite."
 
 
 # --- only looking ---------------------------------------------------------------------

@@ -34,6 +34,8 @@ EXIT_CODES = {
     "ProtocolError": 4,
     "LocalProtocolError": 4,
     "RemoteProtocolError": 4,
+    "NotPairedError": 4,
+    "PairingError": 4,
     "ModelFileError": 5,
     "UnsupportedModelError": 5,
 }

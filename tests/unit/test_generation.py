@@ -138,6 +138,103 @@ def test_stop_ends_it_once() -> None:
     assert one.made == ()
 
 
+# --- on another pipeline --------------------------------------------------------------
+
+
+def decoding(made: int) -> Generation:
+    """Ten tokens of prompt in chunks of four, and ``made`` more: 50, 51, ..."""
+    one = generation(max_tokens=20)
+    one.begin()
+    one.on_result(3, -1)
+    one.on_result(7, -1)
+    for index in range(made):
+        one.on_result(9 + index, 50 + index)
+    return one
+
+
+def test_an_exact_replay_repeats_the_steps_and_streams_them() -> None:
+    one = decoding(3)
+    sent = one.resume(window=4)
+    chunks = [SendStep(0, 4, False), SendStep(4, 4, False), SendStep(8, 2, False)]
+    assert sent == [*chunks, SendStep(10, 1, False)]
+    # the token after the last one is asked for, and no other; none waits for the one before
+    assert one.on_result(3, -1) == [SendStep(11, 1, False)]
+    assert one.on_result(7, -1) == [SendStep(12, 1, True)]
+    for position in (9, 10, 11):
+        assert one.on_result(position, -1) == []
+    assert one.on_result(12, 53) == [SendStep(13, 1, True), Emit(13, 53)]
+    assert one.made == (50, 51, 52, 53)
+
+
+def test_more_replayed_tokens_than_chunks_are_in_flight() -> None:
+    one = decoding(15)
+    one.resume(window=2)
+    one.on_result(3, -1)
+    one.on_result(7, -1)
+    sent = one.on_result(9, -1)
+    assert len(sent) + 1 == 14 + 1  # all that are left, within twice eight
+    assert sent[-1] == SendStep(24, 1, True)
+
+
+def test_a_fast_replay_goes_in_chunks() -> None:
+    one = decoding(3)
+    assert one.resume(window=9, exact=False) == [
+        SendStep(0, 4, False),
+        SendStep(4, 4, False),
+        SendStep(8, 4, False),
+        SendStep(12, 1, True),
+    ]
+
+
+def test_a_pipeline_that_holds_some_gets_the_rest() -> None:
+    one = decoding(3)
+    assert one.acknowledged == 12
+    assert one.resume(window=3, position=12) == [SendStep(12, 1, True)]
+    assert one.resume(window=3, position=8) == [
+        SendStep(8, 2, False),
+        SendStep(10, 1, False),
+        SendStep(11, 1, False),
+    ]
+    assert one.resume(window=3, position=11, exact=False) == [SendStep(11, 2, True)]
+
+
+def test_a_loss_in_the_prompt_begins_it_again() -> None:
+    one = generation()
+    one.begin()
+    one.on_result(3, -1)
+    assert one.acknowledged == 4
+    assert one.resume(window=2) == [SendStep(0, 4, False), SendStep(4, 4, False)]
+    assert phase_of(one) is Phase.PREFILL
+    assert one.acknowledged == 0
+    assert one.resume(window=3, position=4) == [SendStep(4, 4, False), SendStep(8, 2, True)]
+
+
+def test_a_new_first_stage_gets_the_tokens_that_the_others_hold() -> None:
+    """None of these is answered: none is in flight."""
+    one = decoding(3)
+    chunks = [SendStep(0, 4, False), SendStep(4, 4, False), SendStep(8, 2, False)]
+    assert one.replay(12) == [*chunks, SendStep(10, 1, False), SendStep(11, 1, False)]
+    assert one.replay(8) == chunks[:2]
+    assert one.replay(0) == []
+    assert one.replay(11, exact=False) == [*chunks[:2], SendStep(8, 3, False)]
+    assert one.in_flight == 1
+    with pytest.raises(LocalProtocolError):
+        one.replay(9)
+
+
+def test_what_has_not_begun_begins_and_what_has_ended_stays_so() -> None:
+    one = generation()
+    assert one.resume(window=2) == generation().begin()
+    one.stop(FinishReason.CANCELLED)
+    assert one.resume(window=2) == []
+
+
+@pytest.mark.parametrize(("position", "exact"), [(2, True), (9, True), (13, False), (-1, False)])
+def test_a_place_where_nothing_can_go_on_is_refused(position: int, exact: bool) -> None:
+    with pytest.raises(LocalProtocolError):
+        decoding(3).resume(window=2, position=position, exact=exact)
+
+
 def test_misuse_is_refused() -> None:
     with pytest.raises(LocalProtocolError):
         generation(0)

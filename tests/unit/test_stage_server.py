@@ -108,6 +108,7 @@ def test_configuration_survives_as_plain_data() -> None:
         residual="l_out",
         input_node="inp",
         embedding_scale=8.5,
+        model="0f" * 32,
     )
     assert stage_config_from(stage_config_to(whole, 1, 2)) == whole
     # every field is carried: none is at its default in the configuration above

@@ -222,6 +222,17 @@ def test_silence_is_answered_with_pings_and_a_pong_gives_the_round_trip() -> Non
     assert dialer.receive(joined(listener.data_to_send()), 1.25) == []
     assert dialer.round_trip_s == 0.25
     assert dialer.next_timer() == 2.25
+    assert (dialer.heard_at, listener.heard_at) == (1.25, 1.1)
+
+
+def test_more_silence_may_be_allowed_than_usual() -> None:
+    dialer, _ = opened()
+    dialer.allow_silence(15.0)
+    now = 0.0
+    while (due := dialer.next_timer()) is not None and due < 15.0:
+        now = due
+        assert dialer.handle_timer(now) == []
+    assert isinstance(reason(dialer.handle_timer(15.0)), PeerLostError)
 
 
 def test_a_pong_nobody_waits_for_measures_nothing() -> None:

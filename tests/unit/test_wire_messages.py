@@ -98,6 +98,7 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
     (76, trust.Goodbye("stopped", 10.0)),
     (77, trust.ProbePeer(7, "ab" * 32)),
     (78, trust.PeerProbed(7, 0.5)),
+    (79, trust.InvitationNews(4, True, "ab" * 32, "attic", "")),
     (80, care.Rebind(7, 8, 1, 2, "::1", 7171, "ab" * 32, "cd" * 32)),
     (81, care.ResendRows(7, 3, 12)),
     (82, care.ExportSequence(7, 3, 8, m.PeerAddress("ab" * 32, "kitchen", "::1", 7171))),

@@ -1,0 +1,101 @@
+"""What a recovery is told and what it brings, as plain data, and the words for people."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgellm.errors import EdgeError, NoPlanError
+from edgellm.runtime.pipeline import Pipeline
+from edgellm.runtime.requests import Held, Recovery
+from edgellm.runtime.shares import Share
+from edgellm.scheduler.recovery import StageCost
+from edgellm.types import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """A plan in place of one that lost a device."""
+
+    plan: Plan
+    share: Share | None
+    costs: tuple[StageCost, ...]
+    """Of each stage, estimated."""
+    note: str = ""
+    """What a person should know of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replans:
+    """The plans that there are."""
+
+    replay: Replan | NoPlanError
+    """All stages anew, or why nothing fits."""
+    rows: Replan | None
+    """Only the lost stage anew, on another device."""
+
+
+class Replanner(Protocol):
+    """Plans again for a model that is loaded: ``edgellm.planning``."""
+
+    async def again(self, former: Plan, avoid: Collection[str], lost: int | None) -> Replans:
+        """Plans over the devices that are connected now, but for those to ``avoid``; ``lost`` is
+        the stage that could be replaced alone, if one can.
+
+        Raises NoPlanError where no device has the engine, and whatever reading the model may raise.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A device that a plan cannot go on with."""
+
+    device: str
+    error: EdgeError
+    missed_at: float
+    """By ``time.perf_counter``."""
+    detect_s: float
+    """See ``Recovery``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What a recovery brought."""
+
+    pipeline: Pipeline
+    recovery: Recovery
+    held: Held
+    """Which stages hold what the former ones held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A device that will end on purpose."""
+
+    reason: str
+    until: float
+    """By the event loop's clock."""
+
+
+def words_of(error: EdgeError, plan: Plan, fresh: Collection[int], note: str) -> str:
+    """What was lost and who loads what for it, in a line for people."""
+    spans = [
+        f"{stage.device} loads layers {stage.span.first} to {stage.span.end - 1}"
+        for at, stage in enumerate(plan.stages)
+        if at in fresh
+    ]
+    who = f"Device {error.device}: " if error.device else ""
+    more = f" ({note})" if note else ""
+    return f"{who}{error.message} Going on{more}: {', '.join(spans)} ..."
+
+
+def nothing_fits(error: EdgeError, problem: NoPlanError) -> NoPlanError:
+    """Why an answer ends: what was lost, and what is left with its numbers."""
+    lost = error.message.rstrip(".")
+    return NoPlanError(
+        f"{lost}; and what is left cannot go on: {problem.message}",
+        device=error.device,
+        hint=problem.hint,
+    )
