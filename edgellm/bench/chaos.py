@@ -44,6 +44,7 @@ PROMPT_TOKENS = 12
 LONG_PROMPT_TOKENS = 192
 STOPPED_S = 10.0
 BACK_WITHIN_S = 20.0
+LEAVES_WITHIN_S = 60.0
 DEVICE_BYTES = 1 << 30
 
 Tell = Callable[[str], None]
@@ -59,6 +60,10 @@ class Kind:
     count: int
     exact: bool = True
     prefill: bool = False
+    tokens: int = TOKENS
+    """Of the answer."""
+    within: int | None = None
+    """The fault comes in the first so many of them; None: any time."""
 
     @property
     def prompt(self) -> list[int]:
@@ -93,6 +98,11 @@ class Fleet:
             Fault.LEAVE: signal.SIGTERM,
         }[fault]
         os.kill(self.local.node(name).process.pid, how)
+
+    async def gone(self, name: str) -> None:
+        """Wait until the node process has ended."""
+        async with asyncio.timeout(LEAVES_WITHIN_S):
+            await self.local.node(name).process.wait()
 
     def wake(self, name: str) -> None:
         os.kill(self.local.node(name).process.pid, signal.SIGCONT)
@@ -139,7 +149,7 @@ async def run_series(devices: Fleet, kind: Kind, seed: int, tell: Tell) -> Serie
         kind.count,
         seed=seed,
         stages=STAGES,
-        tokens=len(undisturbed),
+        tokens=kind.within or len(undisturbed),
         spacing_s=spacing_s,
         prefill_s=ttft_s if kind.prefill else None,
     )
@@ -161,26 +171,28 @@ def _told(outcome: Outcome) -> str:
     return f"{how}{took}, {wrong}{f'; {outcome.problem}' if outcome.problem else ''}"
 
 
-def _generate() -> GenerateOptions:
+def _generate(kind: Kind) -> GenerateOptions:
     return GenerateOptions(
-        max_tokens=TOKENS, sampler=SamplerSettings(temperature=0.0, seed=1), ignore_eos=True
+        max_tokens=kind.tokens, sampler=SamplerSettings(temperature=0.0, seed=1), ignore_eos=True
     )
 
 
 async def _undisturbed(devices: Fleet, kind: Kind) -> tuple[list[int], float, float]:
     """The tokens as they ought to be, the seconds between two of them, and until the first."""
     async with devices.cluster.load(kind.opened, kind.options) as model:
-        answer, asked = model.answer(kind.prompt, _generate()), time.perf_counter()
+        answer, asked = model.answer(kind.prompt, _generate(kind)), time.perf_counter()
         made = [piece.made async for piece in answer.pieces() if piece.made is not None]
-    if len(made) < TOKENS:
-        raise UsageError(f"{kind.opened.name} answers {len(made)} tokens, {TOKENS} are needed.")
+    if len(made) < kind.tokens:
+        raise UsageError(
+            f"{kind.opened.name} answers {len(made)} tokens, {kind.tokens} are needed."
+        )
     spacing = (made[-1].at - made[0].at) / (len(made) - 1)
     return [each.token for each in made], spacing, made[0].at - asked
 
 
 async def _one(devices: Fleet, kind: Kind, trial: Trial, undisturbed: Sequence[int]) -> Outcome:
     async with devices.cluster.load(kind.opened, kind.options) as model:
-        answer = model.answer(kind.prompt, _generate())
+        answer = model.answer(kind.prompt, _generate(kind))
         blow = _Blow(devices, trial, model.plan.stages[trial.victim].device)
         made: list[MadeToken] = []
         problem = ""
@@ -259,7 +271,9 @@ class _Blow:
         await asyncio.sleep(self._trial.delay_s)
         self.at = time.perf_counter()
         self._devices.strike(self._victim, self._trial.fault)
-        if self._trial.fault is Fault.STOP:
+        if self._trial.fault is Fault.LEAVE:
+            await self._devices.gone(self._victim)
+        elif self._trial.fault is Fault.STOP:
             await asyncio.sleep(STOPPED_S)
             self._devices.wake(self._victim)
 

@@ -101,7 +101,8 @@ def _kinds(opened: OpenedModel, much: Extent) -> list[trials.Kind]:
         trials.Kind("normal mode", opened, Fault.KILL, much.normal, exact=False),
         trials.Kind("kill in prefill", opened, Fault.KILL, much.prefill, prefill=True),
         trials.Kind("stop, then go on", opened, Fault.STOP, much.stops),
-        trials.Kind("leave", opened, Fault.LEAVE, much.leaves),
+        # Long answers: whoever leaves does so when its successor is ready.
+        trials.Kind("leave", opened, Fault.LEAVE, much.leaves, tokens=440, within=40),
     ]
     return [kind for kind in kinds if kind.count]
 

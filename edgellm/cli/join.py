@@ -57,6 +57,7 @@ def join(
         if secure and not until_stdin_closes:
             can_ask = someone_there() and not as_json
             settings = await _paired(settings, Wish(code, to, can_ask))
+        orphaned = False
         news = _News()
         node = Node(settings, on_event=news.event, on_notice=news.say)
         await node.start()
@@ -66,10 +67,10 @@ def join(
                 emit(_as_data(node, shown))
             tell(_greeting(node, shown, ours=until_stdin_closes))
             news.begin()
-            await _until_told(until_stdin_closes, node.left)
+            orphaned = await _until_told(until_stdin_closes, node.left)
         finally:
             try:
-                if not until_stdin_closes:  # or whoever started it is gone, and its answers too
+                if not orphaned:  # else whoever started it is gone, and its answers too
                     await _leave(node)
             finally:
                 await node.close()
@@ -189,14 +190,18 @@ def words_of(event: Event) -> str:
             )
 
 
-async def _until_told(until_stdin_closes: bool, left: asyncio.Event) -> None:
+async def _until_told(until_stdin_closes: bool, left: asyncio.Event) -> bool:
     """Wait for Ctrl-C or SIGTERM (both cancel us), for edgellm leave, or, if asked, for the end of
-    standard input."""
+    standard input; whether it was that."""
     told = asyncio.create_task(left.wait())
+    ended = asyncio.create_task(_until_input_ends()) if until_stdin_closes else None
+    waiting = {told, ended} if ended is not None else {told}
     try:
-        await (_until_input_ends() if until_stdin_closes else told)
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        return ended is not None and ended.done()
     finally:
-        told.cancel()
+        for each in waiting:
+            each.cancel()
 
 
 async def _until_input_ends() -> None:
