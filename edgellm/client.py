@@ -152,11 +152,13 @@ class Cluster:
                         raise
                     await own.close()
                     own = None
-                    await coordinator.connect(*parse_address(busy.address), how=THIS_DEVICE)
+                    await coordinator.devices.connect(*parse_address(busy.address), how=THIS_DEVICE)
                 else:
-                    await coordinator.connect(*own.address, via=own.direct(), how=THIS_DEVICE)
+                    await coordinator.devices.connect(
+                        *own.address, via=own.direct(), how=THIS_DEVICE
+                    )
             for host, port in addresses:
-                await coordinator.connect(host, port, how="told")
+                await coordinator.devices.connect(host, port, how="told")
             yield cls(coordinator, own, cache)
 
     async def find(self, wait_s: float) -> None:
@@ -210,14 +212,14 @@ class Cluster:
 
     async def _join(self, device_id: str, addresses: Sequence[tuple[str, int]]) -> None:
         with contextlib.suppress(EdgeError):  # it was there a moment ago; it may be gone
-            await self._coordinator.connect_to(device_id, addresses, how="found")
+            await self._coordinator.devices.connect_to(device_id, addresses, how="found")
 
     async def include(self, address: str) -> Peer:
         """Connect to one more device, at ``HOST:PORT``; nothing new if it is connected already.
 
         Raises UsageError for a malformed address, PeerLostError, NotPairedError.
         """
-        return await self._coordinator.connect(*parse_address(address), how="told")
+        return await self._coordinator.devices.connect(*parse_address(address), how="told")
 
     def devices(self) -> list[Peer]:
         """Connected devices, in the order they were connected."""
@@ -233,7 +235,7 @@ class Cluster:
         while True:
             for peer in self.devices():
                 with contextlib.suppress(PeerLostError):
-                    await self._coordinator.refresh(peer)
+                    await self._coordinator.devices.refresh(peer)
             measuring = [p for p in self.devices() if p.info.figures.get(MEASURING)]
             if not measuring or loop.time() >= until:
                 return self.devices()
@@ -249,7 +251,7 @@ class Cluster:
             pairs = [(source, peers[(at + offset) % len(peers)]) for at, source in enumerate(peers)]
             missing = [pair for pair in pairs if _names(pair) not in self._links]
             for found in await asyncio.gather(
-                *[self._coordinator.measure_link(*pair) for pair in missing],
+                *[self._coordinator.devices.measure_link(*pair) for pair in missing],
                 return_exceptions=True,
             ):
                 if isinstance(found, Link):

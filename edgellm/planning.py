@@ -87,7 +87,7 @@ def offers_of(infos: Sequence[DeviceInfo], engine: str) -> list[DeviceOffer]:
     if not able:
         raise NoPlanError(
             f"no connected device has the engine {engine!r}.",
-            hint="Install it on at least one: pip install 'edgellm[llama]'.",
+            hint=f"Install it on at least one: pip install 'edgellm[{engine}]'.",
         )
     return [
         DeviceOffer(info.name, DeviceId(info.device_id), info.memory_free, speed_of(info))
@@ -271,6 +271,6 @@ class Replanning:
         """The device with what it says of itself now; None where it says nothing."""
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await self._coordinator.ask(peer)
+                return await self._coordinator.devices.ask(peer)
         except (EdgeError, TimeoutError):
             return None

@@ -1,12 +1,11 @@
-"""The coordinator: connections to the devices, and loading a plan over them.
+"""The coordinator: it loads plans over the devices that it is connected to, and hears of their end.
 
-One per client. It executes plans, it does not make them.
+One per client. It executes plans, it does not make them; the connections are in ``devices``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -14,13 +13,12 @@ from edgellm.errors import (
     DeadlineError,
     EdgeError,
     PeerLostError,
-    RemoteProtocolError,
-    UsageError,
     error_from_dict,
 )
+from edgellm.runtime.devices import Devices
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.loading import load_request, rebind_request
-from edgellm.runtime.peers import Link, ModelSource, Peer
+from edgellm.runtime.peers import ModelSource, Peer
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.questions import Questions
 from edgellm.runtime.reach import reach
@@ -34,7 +32,6 @@ from edgellm.wire.connection import Timeouts
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     NO_SEQUENCE,
-    DeviceInfo,
     ErrorReport,
     LoadProgress,
     LoadStage,
@@ -74,7 +71,6 @@ class Coordinator:
         self._transport = transport
         self._timeouts = timeouts
         self._me = me
-        self._peers: dict[str, Peer] = {}
         self._pipelines: dict[int, Pipeline] = {}
         self._loading: dict[tuple[int, int], asyncio.Future[StageReady]] = {}
         self.questions = Questions()
@@ -82,107 +78,20 @@ class Coordinator:
         self._heard = 0.0
         self.shares = Shares()
         """What devices may fetch from here."""
+        self.devices = Devices(self._dial, self.questions)
         self._services = Services(TensorExchange(self.shares), self._dial_device)
 
     @property
     def peers(self) -> Mapping[str, Peer]:
         """Connected devices by name."""
-        return self._peers
+        return self.devices.by_name
 
-    async def _dial(self, host: str, port: int) -> Session:
-        return await Session.dial(
-            self._transport, host, port, self._me, self, timeouts=self._timeouts
-        )
+    async def _dial(self, host: str, port: int, via: Transport | None = None) -> Session:
+        way = via or self._transport
+        return await Session.dial(way, host, port, self._me, self, timeouts=self._timeouts)
 
     async def _dial_device(self, peer: PeerAddress) -> Session:
         return (await reach(self._dial, [(peer.host, peer.port)], peer.device_id)).session
-
-    async def connect(
-        self, host: str, port: int, *, via: Transport | None = None, how: str = ""
-    ) -> Peer:
-        """Connect to the device that others reach at ``host:port`` and ask what it is.
-
-        ``via`` is a shorter way for us alone: to the node in our own process. Raises PeerLostError,
-        RemoteProtocolError for a device that says two things of itself.
-        """
-        session = await Session.dial(
-            via or self._transport, host, port, self._me, self, timeouts=self._timeouts
-        )
-        return await self._adopt(session, host, port, how)
-
-    async def connect_to(
-        self, device_id: str, addresses: Sequence[tuple[str, int]], *, how: str = ""
-    ) -> Peer:
-        """Connect to a device that may be at any of ``addresses``, the likeliest first.
-
-        Raises PeerLostError where it is not.
-        """
-        answer = await reach(self._dial, addresses, device_id)
-        return await self._adopt(answer.session, *answer.address, how)
-
-    async def _adopt(self, session: Session, host: str, port: int, how: str) -> Peer:
-        try:
-            peer = self._admit(Peer(await self._ask(session), host, port, session, how))
-        except BaseException:
-            await session.close()
-            raise
-        if peer.session is not session:
-            await session.close()
-        return peer
-
-    async def refresh(self, peer: Peer) -> Peer:
-        """The device with what it says of itself now. Raises PeerLostError."""
-        fresh = self._peers[peer.info.name] = await self.ask(peer)
-        return fresh
-
-    async def ask(self, peer: Peer) -> Peer:
-        """The same, but what is known of it here stays as it is."""
-        info = dataclasses.replace(await self._ask(peer.session), name=peer.info.name)
-        return dataclasses.replace(peer, info=info)
-
-    async def measure_link(self, source: Peer, target: Peer) -> Link:
-        """Have ``source`` measure its link to ``target``. Raises PeerLostError."""
-        info = target.info
-        where = PeerAddress(info.device_id, info.name, target.host, target.port)
-        found = await self.questions.link(source.session, where)
-        return Link(
-            source.info.name, info.name, found.round_trip_s, found.bytes_per_s, found.problem
-        )
-
-    async def _ask(self, session: Session) -> DeviceInfo:
-        info = await self.questions.device(session)
-        greeted = session.peer
-        if (info.name, info.device_id) != (greeted.name, greeted.device_id):
-            raise RemoteProtocolError(
-                f"{session.address} greeted as {greeted.name} and then says it is {info.name},"
-                " or gives another device id."
-            )
-        if session.ended:  # between its answer and now
-            raise PeerLostError(f"{session.address} hung up.")
-        return info
-
-    def _admit(self, peer: Peer) -> Peer:
-        """``peer``, or the same device as it is connected already.
-
-        Plans name devices, so a second device of one name is told apart by a part of its id.
-        """
-        for known in self._peers.values():
-            if known.info.device_id == peer.info.device_id:
-                return known
-        if peer.info.name in self._peers:
-            name = f"{peer.info.name[:59]}-{peer.info.device_id[:4]}"
-            peer = dataclasses.replace(peer, info=dataclasses.replace(peer.info, name=name))
-        if peer.info.name in self._peers:
-            raise UsageError(
-                f"two devices are named {peer.info.name}.", hint="Give one of them another --name."
-            )
-        self._peers[peer.info.name] = peer
-        return peer
-
-    def name_of(self, session: Session) -> str:
-        """The name that plans have for the device at the other end."""
-        names = (name for name, peer in self._peers.items() if peer.session is session)
-        return next(names, session.peer.name)
 
     async def load(
         self,
@@ -304,7 +213,7 @@ class Coordinator:
         return tuple(future.result().figures for future in waiting)
 
     def _peer(self, device: str) -> Peer:
-        peer = self._peers.get(device)
+        peer = self.peers.get(device)
         if peer is None:
             raise PeerLostError("it is not connected any more.", device=device)
         return peer
@@ -318,7 +227,7 @@ class Coordinator:
     ) -> dict[int, LoadStage | Rebind]:
         plan = pipeline.plan
         peers = [self._peer(stage.device) for stage in plan.stages]
-        known = list(self._peers.values())
+        known = list(self.peers.values())
         return {
             index: load_request(
                 plan,
@@ -350,7 +259,7 @@ class Coordinator:
         """Unload everything and hang up."""
         for pipeline in list(self._pipelines.values()):
             self.unload(pipeline)
-        for peer in list(self._peers.values()):
+        for peer in list(self.peers.values()):
             await peer.session.close()
         await self._services.close()
 
@@ -376,7 +285,7 @@ class Coordinator:
                 if message.part == PAGES:
                     self._pipelines[message.epoch].on_handed(session, message)
                 else:
-                    self._progress(self.name_of(session), message)
+                    self._progress(self.devices.name_of(session), message)
         elif isinstance(message, SequenceImported):
             pipeline = self._pipelines.get(message.epoch)
             if pipeline is not None:
@@ -402,7 +311,7 @@ class Coordinator:
 
     def _on_error(self, session: Session, message: ErrorReport) -> None:
         error = error_from_dict(message.error)
-        error.device = error.device or self.name_of(session)
+        error.device = error.device or self.devices.name_of(session)
         pipeline = self._pipelines.get(message.epoch)
         if pipeline is None or session not in pipeline.sessions:
             return
@@ -413,7 +322,7 @@ class Coordinator:
 
     def _on_goodbye(self, session: Session, message: Goodbye) -> None:
         """A device will end on purpose: whoever uses its stages may take them elsewhere."""
-        device = self.name_of(session)
+        device = self.devices.name_of(session)
         for pipeline in list(self._pipelines.values()):
             if session in pipeline.sessions:
                 pipeline.on_goodbye(device, message.reason, message.within_s)
@@ -432,11 +341,9 @@ class Coordinator:
         """Every plan that needs this device has failed."""
         self._services.closed(session)
         self.questions.closed(session)
-        # By its session: what it called itself is only its word.
-        name = next((n for n, peer in self._peers.items() if peer.session is session), None)
+        name = self.devices.lost(session)
         if name is None:
             return
-        del self._peers[name]
         error = PeerLostError(
             f"the connection to it was lost ({session.reason}).",
             device=name,

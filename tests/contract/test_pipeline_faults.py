@@ -320,4 +320,4 @@ async def reconnect(cluster: InlineCluster, network: MemoryNetwork) -> None:
     network.cut(COORDINATOR)
     await until(lambda: cluster.hosted == 0 and not coordinator.peers)
     for node in cluster.nodes.values():
-        await coordinator.connect(*node.address)
+        await coordinator.devices.connect(*node.address)

@@ -21,8 +21,8 @@ from edgellm.errors import (
 )
 from edgellm.modelfile import read_card
 from edgellm.modelfile.cut import cut
-from edgellm.runtime import coordinator as coordinator_module
 from edgellm.runtime.coordinator import Coordinator
+from edgellm.runtime.loading import load_request
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.session import Introduction, Session
 from edgellm.store.shards import ModelShape, open_local, stage_files
@@ -291,7 +291,7 @@ async def listening(liar: Liar):  # type: ignore[no-untyped-def]
 async def test_a_device_that_says_two_things_of_itself_is_hung_up_on(liar: Liar) -> None:
     async with listening(liar) as (coordinator, address):
         with pytest.raises(RemoteProtocolError, match="greeted as x"):
-            await coordinator.connect(*address)
+            await coordinator.devices.connect(*address)
         assert not coordinator.peers
         await until(lambda: liar.closed)
 
@@ -299,7 +299,7 @@ async def test_a_device_that_says_two_things_of_itself_is_hung_up_on(liar: Liar)
 async def test_a_connect_that_is_given_up_hangs_up() -> None:
     liar = Liar(silent=True)
     async with listening(liar) as (coordinator, address):
-        task = asyncio.create_task(coordinator.connect(*address))
+        task = asyncio.create_task(coordinator.devices.connect(*address))
         await until(lambda: bool(liar.got))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -312,10 +312,10 @@ async def test_a_connect_that_is_given_up_hangs_up() -> None:
 async def test_an_honest_device_is_connected_and_forgotten_by_its_session() -> None:
     liar = Liar()
     async with listening(liar) as (coordinator, address):
-        peer = await coordinator.connect(*address)
+        peer = await coordinator.devices.connect(*address)
         assert dict(coordinator.peers) == {"x": peer}
-        assert await coordinator.connect(*address) is peer  # again: the same device
-        coordinator._peers = {"another-name": peer}
+        assert await coordinator.devices.connect(*address) is peer  # again: the same device
+        coordinator.devices.by_name = {"another-name": peer}
         await peer.session.close()
         assert not coordinator.peers
 
@@ -377,14 +377,14 @@ async def test_a_load_that_cannot_be_sent_unloads_what_was_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with inline_three(tmp_path) as (cluster, _):
-        make = coordinator_module.load_request
+        make = load_request
 
         def fails(plan: Plan, *arguments: Any) -> LoadStage:
             if arguments[2] == 2:  # the index of a stage
                 raise LocalProtocolError("it does not fit a frame.")
             return make(plan, *arguments)
 
-        monkeypatch.setattr(coordinator_module, "load_request", fails)
+        monkeypatch.setattr("edgellm.runtime.coordinator.load_request", fails)
         with pytest.raises(LocalProtocolError):
             async with loaded(cluster, SPLITS[4]):
                 pytest.fail("it must not load")

@@ -489,7 +489,7 @@ async def test_devices_that_come_back_are_used_by_the_next_request(tmp_path: Pat
             await answer(model, at(3, lambda: lose_all(network)))
         for device, node in cluster.nodes.items():
             network.refuse(device, False)
-            await cluster.client._coordinator.connect(*node.address)
+            await cluster.client._coordinator.devices.connect(*node.address)
         assert list((await answer(model)).tokens) == EXPECTED
 
 
