@@ -24,7 +24,7 @@ from typing import Any
 
 from edgellm.answer import Completion, GenerateOptions, LoadOptions, Piece
 from edgellm.discovery.addresses import parse_address
-from edgellm.discovery.base import Sighting
+from edgellm.discovery.strangers import UNPAIRED
 from edgellm.errors import EdgeError, PeerLostError
 from edgellm.identity import TrustStore
 from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
@@ -202,13 +202,19 @@ class Cluster:
         started, each as plain data: see ``cluster.facts``. Empty where no node is ours."""
         if self._own is not None:
             return self._own.membership.seen()
+        return tuple(each for each in await self._seen() if each.get("state") != UNPAIRED)
+
+    async def _seen(self) -> tuple[dict[str, Any], ...]:
+        """What this device's node says that runs in another process."""
         here = next((peer for peer in self.devices() if peer.how == THIS_DEVICE), None)
         return () if here is None else await self._coordinator.questions.members(here.session)
 
-    def strangers(self) -> tuple[Sighting, ...]:
-        """Devices that our own node sees on its networks and that are not paired with us. Empty
-        where the node is another process's."""
-        return () if self._own is None else self._own.neighbours.strangers()
+    async def strangers(self) -> list[dict[str, Any]]:
+        """Devices that this device's node sees on its networks and that are not paired with it, as
+        they say of themselves: ``device_id``, ``name``, ``address``."""
+        if self._own is not None:
+            return list(self._own.neighbours.strangers())
+        return [each for each in await self._seen() if each.get("state") == UNPAIRED]
 
     async def _join(self, device_id: str, addresses: Sequence[tuple[str, int]]) -> None:
         with contextlib.suppress(EdgeError):  # it was there a moment ago; it may be gone

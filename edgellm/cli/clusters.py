@@ -100,16 +100,16 @@ async def members_of(cluster: Cluster) -> list[MemberFacts]:
     ]
 
 
-def strangers_of(cluster: Cluster) -> list[dict[str, str]]:
+async def strangers_of(cluster: Cluster) -> list[dict[str, str]]:
     """Devices on our networks that are not paired with this one: ``id``, ``name``, ``address``, as
     they say of themselves."""
     return [
         {
-            "id": sighting.device_id,
-            "name": sighting.name,
-            "address": format_address(*sighting.addresses[0]),
+            "id": str(stranger.get("device_id", "")),
+            "name": str(stranger.get("name", "")),
+            "address": str(stranger.get("address", "")),
         }
-        for sighting in cluster.strangers()
+        for stranger in await cluster.strangers()
     ]
 
 

@@ -38,7 +38,7 @@ def devices(reaching: Reaching, as_json: o.Json = False) -> None:
             found = await devices_of(cluster)
             links = await links_of(cluster)
             members = await members_of(cluster)
-            strangers = strangers_of(cluster)
+            strangers = await strangers_of(cluster)
         if as_json:
             emit({**as_data(found, links, members), "unpaired": strangers})
         else:

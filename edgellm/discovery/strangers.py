@@ -7,8 +7,12 @@ told only of those that are really here: that announce themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from edgellm.discovery.addresses import format_address
 from edgellm.discovery.base import MAX_DEVICES, How, Sighting
+
+UNPAIRED = "unpaired"
 
 
 class Strangers:
@@ -32,3 +36,13 @@ class Strangers:
         """Those that are no strangers any more; they are kept no longer."""
         known = [key for key in self._seen if trusted(key[0])]
         return [self._seen.pop(key) for key in known]
+
+
+def stranger_facts(sighting: Sighting) -> dict[str, Any]:
+    """A stranger as plain data, beside those of the cluster: see ``cluster.facts``."""
+    return {
+        "device_id": sighting.device_id,
+        "name": sighting.name,
+        "state": UNPAIRED,
+        "address": format_address(*sighting.addresses[0]),
+    }

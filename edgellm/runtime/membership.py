@@ -70,6 +70,10 @@ class Dialer(Protocol):
     def leaving(self, device_id: str, reason: str) -> None:
         """Try it rarely, once its connection ends."""
 
+    def strangers(self) -> tuple[dict[str, Any], ...]:
+        """Devices that announce themselves and are not paired with us: ``device_id``, ``name``,
+        ``state`` (``unpaired``) and ``address``."""
+
 
 class Membership:
     """See the module. One a node; it listens from the moment it is made until closed."""
@@ -159,7 +163,7 @@ class Membership:
         now = self._loop.time()
         device_id = DeviceId(session.peer.device_id)
         if isinstance(message, QueryMembers):
-            session.send(MembersSeen(self.seen()))
+            session.send(MembersSeen((*self.seen(), *self._dialer.strangers())[:MAX_SHOWN]))
         elif isinstance(message, ProbePeer):
             self._listen()  # the last tick may be half a second ago
             about = self._state.members.get(DeviceId(message.device_id))

@@ -12,6 +12,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from edgellm.discovery.addresses import (
     Address,
@@ -26,7 +27,7 @@ from edgellm.discovery.base import MAX_ADDRESSES, Discovery, How, Sighting, sigh
 from edgellm.discovery.directory import Attempt, Directory, State, Verdict
 from edgellm.discovery.interfaces import machine_interfaces
 from edgellm.discovery.known import KnownDevices
-from edgellm.discovery.strangers import Strangers
+from edgellm.discovery.strangers import Strangers, stranger_facts
 from edgellm.errors import DeadlineError, EdgeError, NotPairedError
 from edgellm.runtime.reach import Answer, Dial, OtherDeviceError, reach
 from edgellm.runtime.session import Session
@@ -200,9 +201,10 @@ class Neighbours:
         self._changed.set()
         self._wake.set()
 
-    def strangers(self) -> tuple[Sighting, ...]:
-        """Devices that announce themselves on our networks and do not belong to us."""
-        return self._strangers.announced()
+    def strangers(self) -> tuple[dict[str, Any], ...]:
+        """Devices that announce themselves on our networks and do not belong to us, each as plain
+        data: see ``stranger_facts``."""
+        return tuple(map(stranger_facts, self._strangers.announced()))
 
     def trust_changed(self) -> None:
         """Somebody came to belong to us, or does no more."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgellm.errors import EdgeError, PeerLostError, RemoteProtocolError
+from edgellm.errors import EdgeError, PeerLostError, RemoteProtocolError, error_from_dict
 from edgellm.transport.base import Stream, Transport
 from edgellm.wire.connection import (
     Closed,
@@ -28,6 +28,8 @@ from edgellm.wire.connection import (
 from edgellm.wire.frames import Buffer, Frame
 from edgellm.wire.messages import (
     DEFAULT_PAYLOAD_LIMITS,
+    NO_SEQUENCE,
+    ErrorReport,
     Hello,
     Hidden,
     Message,
@@ -38,6 +40,8 @@ from edgellm.wire.messages import (
 
 ROUTED_KINDS = frozenset((kind_of(Step), kind_of(Hidden)))
 """Frames that a node passes on without decoding."""
+CONNECTION = 0
+"""No plan's epoch: an ``ErrorReport`` with it is about the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,10 @@ class Session:
         await self._stream.wait_closed()
 
     def end(self, reason: EdgeError) -> None:
-        """End the session at once for this reason; those who asked are told before this returns."""
+        """End the session at once for this reason, and tell the peer; those who asked are told
+        before this returns."""
+        if self._connection.state is State.OPEN:
+            self.send(ErrorReport(CONNECTION, NO_SEQUENCE, reason.to_dict()))
         self._end(reason)
 
     # --- driven by the event loop -----------------------------------------------------
@@ -242,7 +249,7 @@ class Session:
             for event in events:
                 self._on_event(event)
         except EdgeError as error:
-            self._end(error)
+            self.end(error)
 
     def _on_event(self, event: Event) -> None:
         if self._ended:
@@ -252,7 +259,10 @@ class Session:
             self._handler.on_frame(self, event.frame)
         elif isinstance(event, MessageReceived):
             self.traffic.received_messages += 1
-            self._handler.on_message(self, event.message, event.frame)
+            if isinstance(event.message, ErrorReport) and event.message.epoch == CONNECTION:
+                self._end(error_from_dict(event.message.error))  # why the peer closes it
+            else:
+                self._handler.on_message(self, event.message, event.frame)
         elif isinstance(event, Opened):
             self._check_identity(event.peer)
             self._opened.set_result(event.peer)

@@ -399,7 +399,8 @@ async def test_strangers_are_counted_and_never_dialed(network: MemoryNetwork) ->
         for how in (How.MDNS, How.GOSSIP, How.KNOWN):
             a.neighbours.saw(replace(b.sighting, how=how))
         await asyncio.sleep(0.1)
-        assert a.neighbours.strangers() == (b.sighting,)
+        (stranger,) = a.neighbours.strangers()
+        assert (stranger["device_id"], stranger["state"]) == (b.id, "unpaired")
         assert a.neighbours.peers() == ()
         assert a.dialed == []
 

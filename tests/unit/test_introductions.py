@@ -131,6 +131,7 @@ async def test_who_is_forgotten_is_disconnected_everywhere_and_told(tmp_path: Pa
         assert with_c.ended, "at once, in the same turn"
         assert isinstance(with_c._reason, NotPairedError)
         await until(lambda: other.ended and all(session.ended for session in c.sessions))
+        assert "does not belong to this cluster any more" in c.sessions[0].reason
         assert not with_b.ended
         await until(lambda: bool(c.notices))
         assert c.notices[0].startswith("a has put this device out of the cluster. To come back")
