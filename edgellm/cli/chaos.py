@@ -15,6 +15,7 @@ from edgellm.bench import assaults
 from edgellm.bench import chaos as trials
 from edgellm.bench.assaults import Assault
 from edgellm.bench.faults import Damage, Fault, Series, percentiles
+from edgellm.bench.orphans import coordinators_killed
 from edgellm.cli import options as o
 from edgellm.cli.chaostables import chaos_table
 from edgellm.cli.output import emit, run, say, tell
@@ -40,6 +41,7 @@ class Extent:
     prefill: int
     stops: int
     leaves: int
+    coordinators: int
     flips: int
     garbage: int
     frames: int
@@ -50,8 +52,30 @@ class Extent:
 def extent(kills: int | None, full: bool) -> Extent:
     """The small part that the tests run, or all of it."""
     if full:
-        return Extent(kills or 200, 20, 20, 5, 10, 1000, 2000, 1_000_000, 10_000)
-    return Extent(kills or 6, 2, 2, 0, 2, 50, 200, 1000, 100)
+        return Extent(
+            kills=kills or 200,
+            normal=20,
+            prefill=20,
+            stops=5,
+            leaves=10,
+            coordinators=10,
+            flips=1000,
+            garbage=2000,
+            frames=1_000_000,
+            codes=10_000,
+        )
+    return Extent(
+        kills=kills or 6,
+        normal=2,
+        prefill=2,
+        stops=0,
+        leaves=2,
+        coordinators=1,
+        flips=50,
+        garbage=1000,
+        frames=1000,
+        codes=100,
+    )
 
 
 def chaos(
@@ -75,8 +99,10 @@ def chaos(
             for kind in _kinds(opened, much):
                 tell(f"{kind.name}: {kind.count} trials ...")
                 series.append(await trials.run_series(devices, kind, seed, tell))
+            tell("coordinators killed ...")
+            repelled = [await coordinators_killed(devices.local, much.coordinators)]
             tell("garbage into a node ...")
-            repelled = await assaults.garbage_into_node(devices.local, much.garbage, seed)
+            repelled += await assaults.garbage_into_node(devices.local, much.garbage, seed)
         repelled.append(assaults.garbage_into_connections(much.frames, seed))
         tell("flipped bytes ...")
         repelled.append(await assaults.flipped_bytes(opened.model, much.flips, seed))

@@ -23,12 +23,15 @@ def chaos_table(series: Sequence[Series], repelled: Sequence[Assault]) -> str:
             f"{damage.changed:8}{_times(each, 'detect_s'):>14}{_times(each, 'next_token_s'):>14}"
         )
         lines += [f"  {line}" for line in _ways(each)]
-    lines += ["", f"{'assault':34}{'tries':>9}{'repelled':>10}{'worst':>10}{'memory':>10}"]
+    lines += [
+        "",
+        f"{'assault':34}{'tries':>9}{'repelled':>10}{'worst':>10}{'late':>6}{'memory':>10}",
+    ]
     for assault in repelled:
         worst = f"{assault.worst_s * 1000:.1f} ms" if assault.worst_s else ""
         memory = f"{assault.more_bytes / 2**20:.1f} MiB" if assault.worst_s else ""
         lines.append(
-            f"{assault.name:34}{assault.tries:9}{assault.repelled:10}{worst:>10}{memory:>10}"
+            f"{assault.name:34}{assault.tries:9}{assault.repelled:10}{worst:>10}{assault.late:6}{memory:>10}"
         )
     return "\n".join(lines) + "\n"
 

@@ -80,9 +80,9 @@ def start(arguments: Sequence[str], temp: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> Ended:
+def finish(process: subprocess.Popen[str], within_s: float = HANG_S) -> Ended:
     try:
-        out, err = process.communicate(timeout=HANG_S)
+        out, err = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         end_tree(process.pid)
         raise

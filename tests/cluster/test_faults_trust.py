@@ -1,7 +1,7 @@
 """What a device meets that trusts only its own: strangers, copies of devices, paired devices that
-claim to be others, garbage, guessed codes, and bytes of a shard that are not what they were.
+claim to be others.
 
-Pairing itself is in test_pairing. Many more of the same tries are in ``scripts/chaos``.
+Pairing itself is in test_pairing; garbage, guessed codes and flipped bytes are in test_chaos.
 """
 
 from __future__ import annotations
@@ -13,17 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.bench.assaults import (
-    MORE_MEMORY_BYTES,
-    flipped_bytes,
-    garbage_into_node,
-    wrong_codes,
-)
-from edgellm.client import Cluster, LoadOptions
 from edgellm.errors import PeerLostError
 from edgellm.identity import TrustStore, load_identity
-from edgellm.localcluster import local_cluster, local_devices
-from edgellm.modelfile import read_card
 from edgellm.node import credentials_of
 from edgellm.runtime.session import Introduction, Session
 from edgellm.transport.secure import SecureTransport
@@ -31,8 +22,6 @@ from edgellm.wire.frames import Frame
 from edgellm.wire.messages import Message
 from tests.cluster.joined import joined
 from tests.cluster.processes import finish, pair_homes, start, told, wait_for
-from tests.cluster.test_faults import LOADED_S, PROMPT, greedy
-from tests.cluster.test_recovery import answer
 
 # --- copied and claimed identities ----------------------------------------------------
 
@@ -107,37 +96,3 @@ async def test_a_paired_device_that_claims_another_ones_id_is_refused(tmp_path: 
         # The real one is not kept out by what was claimed in its name.
         with joined(tmp_path, "other", {}, "--peer", node.address):
             wait_for(lambda: "Found device other" in node.said())
-
-
-# --- garbage, flipped bytes, wrong codes ----------------------------------------------
-
-
-async def test_a_thousand_garbage_connections() -> None:
-    """Half of them from a paired device. The node closes each, and goes on as before."""
-    devices = local_devices(1, memory_bytes=1 << 30, processors=(), threads=1, pin=False)
-    async with local_cluster(devices) as local:
-        assaults = await garbage_into_node(local, 1000, seed=4)
-        for assault in assaults:
-            print(assault.to_dict())
-        assert sum(assault.tries for assault in assaults) == 1000
-        for assault in assaults:
-            # Within 100 ms each: some are allowed to the scheduler of a busy machine.
-            assert assault.repelled >= 0.95 * assault.tries
-            assert assault.worst_s < LOADED_S
-            assert assault.more_bytes <= MORE_MEMORY_BYTES
-        async with (
-            Cluster.connect(local.addresses, home=local.home) as cluster,
-            cluster.load("stub:4", LoadOptions(context=256)) as model,
-        ):
-            assert len((await answer(model, PROMPT, greedy(20))).tokens) == 20
-
-
-async def test_fifty_flipped_bytes(demo_model: Path) -> None:
-    assault = await flipped_bytes(read_card(str(demo_model)).model, 50, seed=4)
-    assert (assault.tries, assault.repelled) == (50, 50)
-
-
-def test_a_hundred_wrong_codes() -> None:
-    assault = wrong_codes(100, seed=4, tell=lambda line: None)
-    assert assault.tries >= 100
-    assert assault.repelled == assault.tries
