@@ -26,7 +26,7 @@ from edgellm.runtime.desk import PairingDesk
 from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.introductions import Introductions
-from edgellm.runtime.leaving import LEAVE_WITHIN_S, say_goodbye
+from edgellm.runtime.leaving import LEAVE_WITHIN_S, battery_low, say_goodbye
 from edgellm.runtime.listening import listen, near_address
 from edgellm.runtime.membership import NODE_TIMEOUTS, Membership
 from edgellm.runtime.neighbours import Event, Neighbours
@@ -88,6 +88,7 @@ class Node:
         self._membership: Membership | None = None
         self._introductions: Introductions | None = None
         self._desk: PairingDesk | None = None
+        self._battery: asyncio.Task[None] | None = None
         self.left = asyncio.Event()
         """Set when this device's owner wants the node to hand over and end: see ``leave``."""
         self._mdns: MdnsDiscovery | None = None
@@ -166,6 +167,8 @@ class Node:
             await self.close()
             raise
         self._offer.begin()
+        if self.settings.min_battery:
+            self._battery = asyncio.create_task(self._watch_battery(self.settings.min_battery))
 
     def _make_worker(self) -> Worker:
         settings = self.settings
@@ -240,8 +243,16 @@ class Node:
             self._sessions, lambda: worker.stage_count, reason=reason, within_s=within_s
         )
 
+    async def _watch_battery(self, min_battery: int) -> None:
+        left = await battery_low(min_battery)
+        self._on_notice(f"The battery is at {left:.0f} %: this device leaves.")
+        self.left.set()
+
     async def close(self) -> None:
         """Stop listening, end all stages, hang up."""
+        if self._battery is not None:
+            self._battery.cancel()
+            await asyncio.gather(self._battery, return_exceptions=True)
         if self._desk is not None:
             self._desk.close()
         await self._offer.close()

@@ -48,6 +48,9 @@ class NodeSettings:
     probe: Path | None = None
     """Folder with what was measured of this machine, to be measured if it is not there; None: this
     device's speed stays unknown."""
+    min_battery: int = 0
+    """Percent of its battery below which this device leaves while it has no other power; 0: it
+    stays until the end."""
     secure: bool = True
     """False leaves out encryption and pairing, on this machine alone: to measure what they cost."""
 

@@ -27,6 +27,9 @@ from edgellm.store.home import HomeBusyError
 _UNNOTICED_S = 0.3
 """Nobody has to be told of a wait that is shorter."""
 
+MIN_BATTERY = 10
+"""Percent; enough to hand over, and to be found again."""
+
 
 @spread
 def join(
@@ -34,6 +37,7 @@ def join(
     port: o.Port = 0,
     threads: o.Threads = 0,
     pin: o.Pin = None,
+    min_battery: o.MinBattery = MIN_BATTERY,
     code: o.Code = "",
     to: o.To = "",
     until_stdin_closes: o.UntilStdinCloses = False,
@@ -50,6 +54,7 @@ def join(
         settings = replace(
             device.settings(threads, offering=True),
             port=port,
+            min_battery=min_battery,
             secure=secure,
             pin=o.parse_processors(pin),
             peers=tuple(map(parse_address, device.peer or ())),

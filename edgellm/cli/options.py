@@ -110,6 +110,15 @@ Discovery = Annotated[
         "Announce this device and look for others (mDNS, and where they were last).",
     ),
 ]
+MinBattery = Annotated[
+    int,
+    _option(
+        "--min-battery",
+        "Leave when no more than this percent of the battery is left and nothing charges it.",
+        min=0,
+        max=100,
+    ),
+]
 Probe = Annotated[
     bool, _option("--probe/--no-probe", "Measure this device's speed once, for some seconds.")
 ]
