@@ -62,6 +62,9 @@ class Kind:
     prefill: bool = False
     tokens: int = TOKENS
     """Of the answer."""
+    stages: int = STAGES
+    """With as many as there are devices, none is free to take a lost stage alone: all of them are
+    made anew."""
     within: int | None = None
     """The fault comes in the first so many of them; None: any time."""
 
@@ -74,7 +77,7 @@ class Kind:
     @property
     def options(self) -> LoadOptions:
         layers = self.opened.card.n_layers
-        ends = [layers * (index + 1) // STAGES for index in range(STAGES)]
+        ends = [layers * (index + 1) // self.stages for index in range(self.stages)]
         names = "abcdefgh"
         stages = ",".join(
             f"{names[index]}:{begin}-{end}"
@@ -148,7 +151,7 @@ async def run_series(devices: Fleet, kind: Kind, seed: int, tell: Tell) -> Serie
         kind.fault,
         kind.count,
         seed=seed,
-        stages=STAGES,
+        stages=kind.stages,
         tokens=kind.within or len(undisturbed),
         spacing_s=spacing_s,
         prefill_s=ttft_s if kind.prefill else None,

@@ -122,8 +122,8 @@ def chaos(
 def _kinds(opened: OpenedModel, much: Extent) -> list[trials.Kind]:
     stub = open_reference(STUB)
     kinds = [
-        trials.Kind("kill, stub", stub, Fault.KILL, much.kills // 2),
-        trials.Kind(f"kill, {opened.name}", opened, Fault.KILL, -(-much.kills // 2)),
+        *_kills("stub", stub, much.kills // 2),
+        *_kills(opened.name, opened, much.kills - much.kills // 2),
         trials.Kind("normal mode", opened, Fault.KILL, much.normal, exact=False),
         trials.Kind("kill in prefill", opened, Fault.KILL, much.prefill, prefill=True),
         trials.Kind("stop, then go on", opened, Fault.STOP, much.stops),
@@ -131,6 +131,15 @@ def _kinds(opened: OpenedModel, much: Extent) -> list[trials.Kind]:
         trials.Kind("leave", opened, Fault.LEAVE, much.leaves, tokens=440, within=40),
     ]
     return [kind for kind in kinds if kind.count]
+
+
+def _kills(name: str, opened: OpenedModel, count: int) -> list[trials.Kind]:
+    """In mid-decode: with a device to spare, and with none."""
+    every = trials.STAGES + trials.SPARE
+    return [
+        trials.Kind(f"kill, {name}", opened, Fault.KILL, count - count // 2),
+        trials.Kind(f"kill, {name}, no spare", opened, Fault.KILL, count // 2, stages=every),
+    ]
 
 
 def report(series: list[Series], repelled: list[Assault], seed: int) -> dict[str, Any]:
