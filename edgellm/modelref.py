@@ -1,7 +1,8 @@
 """What ``--model`` may name, opened: its card, its engine, and how its text is made.
 
-A path to a GGUF today; ``stub:LAYERS`` is the deterministic engine without a model, for tests
-and fault benches (``stub:8:delay=0.01`` makes every decode call take 10 ms).
+A path to a GGUF, or to an ONNX model (its folder or its .onnx file). ``stub:LAYERS`` is the
+deterministic engine without a model, for tests and fault benches (``stub:8:delay=0.01`` makes every
+decode call take 10 ms).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from edgellm.errors import ModelFileError, UsageError
 from edgellm.modelfile import ModelCard as GgufCard
 from edgellm.modelfile import read_card
 from edgellm.modelfile.model import Model
+from edgellm.modelfile.onnx import OnnxCard, is_onnx, open_onnx
 from edgellm.planner import ModelCard, StageMemory, StageWork
 from edgellm.types import EngineSettings, LayerSpan
 
@@ -63,6 +65,8 @@ class OpenedModel:
         """Start what turns text into tokens; the caller stops it."""
         if self.engine == "stub":
             return ByteText()
+        if self.engine == "onnx":
+            return await TextService.start_json(self.path, self.vocab)
         return await TextService.start(self.path)
 
 
@@ -79,6 +83,8 @@ def open_reference(model: str) -> OpenedModel:
     """Open and validate ``model``. Raises UsageError or ModelFileError; blocking, but quick."""
     if model.startswith(STUB_PREFIX):
         return _stub(model)
+    if is_onnx(Path(model)):
+        return _onnx(model)
     card: GgufCard = read_card(model)
     return OpenedModel(
         name=card.name,
@@ -91,6 +97,23 @@ def open_reference(model: str) -> OpenedModel:
         context_train=card.context_train,
         chat_template=card.chat_template,
         model=card.model,
+    )
+
+
+def _onnx(model: str) -> OpenedModel:
+    opened = open_onnx(model)
+    card = OnnxCard(opened)
+    return OpenedModel(
+        name=card.name,
+        engine="onnx",
+        path=str(opened.paths[0].resolve()),
+        digest=card.digest,
+        card=card,
+        width=card.n_embd,
+        vocab=card.n_vocab,
+        context_train=card.context_train,
+        chat_template=card.chat_template,
+        model=opened,
     )
 
 

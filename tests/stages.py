@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from edgellm.engine.base import Float32, Int32, StageConfig, StageEngine
 from edgellm.engine.runner import Outcome, StageRunner
@@ -20,14 +21,17 @@ from edgellm.engine.stub import WIDTH as STUB_WIDTH
 from edgellm.errors import EdgeError
 from edgellm.modelfile import open_model
 from edgellm.modelfile.architectures import architecture_rule
-from edgellm.modelfile.cut import cut, write_embedding
+from edgellm.modelfile.cut import cut, write_embedding, write_shard
+from edgellm.modelfile.onnx import onnx_recipe, open_onnx
 from edgellm.modelfile.recipe import embedding_scale
 from edgellm.types import Activations, EngineSettings, LayerSpan, Mode, SamplerSettings
 from edgellm.wire.messages import Row
 from tests.tinymodels import TINY_MODELS, VOCABULARY, WIDTH, write_tiny_model
+from tests.tinyonnx import write_tiny_onnx
 
-KINDS = ("stub", "llama", "lfm2")
-"""A stub, a plain transformer (head size 32), and a hybrid of convolutions and attention."""
+KINDS = ("stub", "llama", "lfm2", "onnx-plain", "onnx-grouped")
+"""A stub, a plain transformer (head size 32), a hybrid of convolutions and attention; and ONNX
+graphs of the two great exporters."""
 SPLITS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "stub": ((0, 2), (2, 4), (4, 6)),
     "llama": ((0, 2), (2, 3), (3, 5)),
@@ -35,9 +39,14 @@ SPLITS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "gemma3": ((0, 6), (6, 12), (12, 13)),
     "mamba": ((0, 1), (1, 2), (2, 4)),
     "qwen35": ((0, 2), (2, 4), (4, 6)),
+    "onnx-plain": ((0, 2), (2, 3), (3, 5)),
+    "onnx-grouped": ((0, 2), (2, 3), (3, 5)),
+    "onnx-half": ((0, 2), (2, 3), (3, 5)),
+    "onnx-conv": ((0, 2), (2, 3), (3, 5)),
 }
 """Three stages of each kind. Beside ``KINDS``: sliding windows (the last stage has nothing else),
-recurrent layers alone, and a hybrid of attention and recurrence with M-RoPE."""
+recurrent layers alone, and a hybrid of attention and recurrence with M-RoPE; of ONNX, float16 rows
+of two tensors, and states of convolutions."""
 GREEDY = SamplerSettings(temperature=0.0)
 
 
@@ -76,6 +85,8 @@ def stage_config(
     layers = layers_of(kind)
     if kind == "stub":
         return StageConfig("stub", LayerSpan(*span), layers, STUB_WIDTH, STUB_VOCABULARY, settings)
+    if kind.startswith("onnx-"):
+        return _onnx_config(kind, LayerSpan(*span), settings, folder)
     path = folder / f"{kind}-{TINY_MODELS[kind].layers}.gguf"
     if not path.exists():
         write_tiny_model(kind, folder)
@@ -98,6 +109,21 @@ def stage_config(
         residual=shard.residual_node,
         input_node=shard.input_node or "",
         embedding_scale=embedding_scale(model, architecture_rule(model.architecture)),
+    )
+
+
+def _onnx_config(kind: str, span: LayerSpan, settings: EngineSettings, folder: Path) -> StageConfig:
+    pytest.importorskip("onnxruntime")
+    path = folder / kind / "model.onnx"
+    if not path.exists():
+        write_tiny_onnx(kind, folder / kind)
+    model = open_onnx(path)
+    if len(span) < model.layers:
+        path = folder / f"{kind}-{span.first}-{span.end}.gguf"
+        if not path.exists():
+            write_shard(onnx_recipe(model, span), model.read, path)
+    return StageConfig(
+        "onnx", span, model.layers, model.width, model.vocab, settings, shard=str(path)
     )
 
 

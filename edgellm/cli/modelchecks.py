@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,13 +14,15 @@ from edgellm.cli.checks import Check, Status
 from edgellm.cli.devices import size
 from edgellm.errors import EdgeError
 from edgellm.modelfile import ModelCard, read_card
-from edgellm.types import LayerSpan
+from edgellm.modelfile.onnx import OnnxCard, is_onnx, open_onnx
+from edgellm.types import EngineSettings, LayerSpan
 
 
 def check_model(path: str) -> tuple[list[Check], dict[str, Any] | None]:
     """Findings, and what the card says where there is one. Blocking, but quick."""
     try:
-        card = read_card(path)
+        card: ModelCard | OnnxCard
+        card = OnnxCard(open_onnx(path)) if is_onnx(Path(path)) else read_card(path)
     except EdgeError as error:
         fix = error.hint or "Download the file again, or name another one with --model."
         return [Check("model", Status.FAIL, error.message, fix)], None
@@ -33,7 +36,41 @@ def check_model(path: str) -> tuple[list[Check], dict[str, Any] | None]:
         _fits(card),
         _template(card),
     ]  # fmt: skip
-    return checks, card_data(card)
+    return checks, _onnx_data(card) if isinstance(card, OnnxCard) else card_data(card)
+
+
+def _onnx_data(card: OnnxCard) -> dict[str, Any]:
+    """What a graph tells; 0 for what only a GGUF says in so many words."""
+    settings = EngineSettings()
+    cells = [
+        card.stage_work(LayerSpan(0, card.n_layers), settings, tokens).scan_bytes
+        for tokens in (0, 1)
+    ]
+    outer = card.file_bytes - sum(card.layer_bytes()) - card.head_bytes
+    return {
+        "name": card.name,
+        "architecture": card.architecture,
+        "digest": card.digest,
+        "quantisation": card.quantisation,
+        "file_bytes": card.file_bytes,
+        "layers": [
+            {"index": index, "weight_bytes": nbytes}
+            for index, nbytes in enumerate(card.layer_bytes())
+        ],
+        "boundaries": list(card.boundaries),
+        "uncut": {str(layer): why for layer, why in card.model.uncut.items()},
+        "embedding_bytes": max(outer, 0),
+        "head_bytes": card.head_bytes,
+        "n_embd": card.n_embd,
+        "n_vocab": card.n_vocab,
+        "n_ff": 0,
+        "n_head": 0,
+        "n_expert": 0,
+        "n_expert_used": 0,
+        "context_train": card.context_train,
+        "kv_bytes_per_token": cells[1] - cells[0],
+        "chat_template": card.chat_template,
+    }
 
 
 def card_data(card: ModelCard) -> dict[str, Any]:
@@ -64,6 +101,7 @@ def card_rows(card: dict[str, Any]) -> Sequence[tuple[str, str]]:
     """The same for people, in few lines."""
     layers = card["layers"]
     largest = max(layer["weight_bytes"] for layer in layers)
+    details = f", feed-forward {card['n_ff']}, {card['n_head']} heads" if card["n_head"] else ""
     experts = f"{card['n_expert']}, {card['n_expert_used']} used" if card["n_expert"] else "none"
     return (
         ("architecture", card["architecture"]),
@@ -71,7 +109,7 @@ def card_rows(card: dict[str, Any]) -> Sequence[tuple[str, str]]:
         ("layers", f"{len(layers)}, the largest {size(largest)}"),
         ("embedding", size(card["embedding_bytes"])),
         ("head", size(card["head_bytes"])),
-        ("width", f"{card['n_embd']}, feed-forward {card['n_ff']}, {card['n_head']} heads"),
+        ("width", f"{card['n_embd']}{details}"),
         ("experts", experts),
         ("vocabulary", str(card["n_vocab"])),
         ("context", f"{card['context_train']} tokens, {card['kv_bytes_per_token']} bytes each"),
@@ -79,7 +117,7 @@ def card_rows(card: dict[str, Any]) -> Sequence[tuple[str, str]]:
     )
 
 
-def _cuts(card: ModelCard) -> Check:
+def _cuts(card: ModelCard | OnnxCard) -> Check:
     if not card.boundaries:
         return Check(
             "cuts", Status.WARN, f"{card.architecture} cannot be cut: it runs whole, on one device"
@@ -87,7 +125,7 @@ def _cuts(card: ModelCard) -> Check:
     return Check("cuts", Status.OK, f"between layers, at {len(card.boundaries)} places")
 
 
-def _fits(card: ModelCard) -> Check:
+def _fits(card: ModelCard | OnnxCard) -> Check:
     settings = LoadOptions().settings(card.context_train)
     needs = card.stage_memory(LayerSpan(0, card.n_layers), settings).total
     free = psutil.virtual_memory().available
@@ -98,7 +136,7 @@ def _fits(card: ModelCard) -> Check:
     return Check("fits", Status.WARN, f"{detail}: not on this device alone", fix)
 
 
-def _template(card: ModelCard) -> Check:
+def _template(card: ModelCard | OnnxCard) -> Check:
     if card.chat_template is None:
         return Check(
             "chat template", Status.WARN, "none: what is said is continued as it is",

@@ -26,9 +26,10 @@ def _option(flag: str, text: str, **more: Any) -> Any:
 
 
 Model = Annotated[
-    str | None, _option("--model", "A GGUF file (any part of a split one); default: a demo.")
+    str | None,
+    _option("--model", "A GGUF file (any part of a split one) or an ONNX folder; default: a demo."),
 ]
-CheckedModel = Annotated[str | None, _option("--model", "A GGUF file to look at as well.")]
+CheckedModel = Annotated[str | None, _option("--model", "A model to look at as well.")]
 Prompt = Annotated[
     str | None, _option("--prompt", "Answer this once; without it you chat, line by line.")
 ]

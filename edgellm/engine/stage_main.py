@@ -58,12 +58,29 @@ def _stub_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
     return StubSampler()
 
 
+def _onnx(config: StageConfig) -> StageEngine:
+    from edgellm.engine.onnx import OnnxEngine  # noqa: PLC0415 - loads native code
+
+    return OnnxEngine(config)
+
+
+def _plain_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
+    """Not llama.cpp's: it need not be there, and all devices should draw the same."""
+    from edgellm.engine.plainsampling import PlainSampler  # noqa: PLC0415
+
+    return PlainSampler(settings, vocabulary)
+
+
 CLOSE_KIND = kind_of(CloseSequence)
 START_KIND = kind_of(StartEngine)
 POLL_S = 0.05
 """Longest active wait for the next step of a sequence: a token's round through slow stages."""
 
-ENGINES: EngineTable = {"llama": (_llama, _llama_sampler), "stub": (_stub, _stub_sampler)}
+ENGINES: EngineTable = {
+    "llama": (_llama, _llama_sampler),
+    "onnx": (_onnx, _plain_sampler),
+    "stub": (_stub, _stub_sampler),
+}
 
 
 READ_AHEAD_BYTES = 16 << 20

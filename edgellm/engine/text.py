@@ -53,9 +53,17 @@ class TextService:
 
         Raises ModelFileError where llama.cpp refuses it, StageError where it crashes.
         """
-        caller = await ChildCaller.start(
-            "edgellm.engine.text_child", name="the tokenizer", arguments=[str(model_path)]
-        )
+        return await cls._start("edgellm.engine.text_child", str(model_path))
+
+    @classmethod
+    async def start_json(cls, graph: str | Path, vocabulary: int) -> TextService:
+        """Load the ``tokenizer.json`` of an ONNX model, named by its .onnx file, that gives
+        ``vocabulary`` logits. Raises ModelFileError, StageError."""
+        return await cls._start("edgellm.engine.tokenizer_child", str(graph), str(vocabulary))
+
+    @classmethod
+    async def _start(cls, module: str, *arguments: str) -> TextService:
+        caller = await ChildCaller.start(module, name="the tokenizer", arguments=arguments)
         try:
             return cls(caller, _vocabulary_info(await caller.call("load", LOAD_SECONDS)))
         except BaseException:

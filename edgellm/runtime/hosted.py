@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,17 @@ class HostedStage:
         coordinator: Session,
         parts: StageParts,
         on_broken: Callable[[HostedStage], None],
+        freed: Callable[[], Awaitable[object]],
     ) -> None:
         """``on_broken`` is called when a stage is of no use any more, after it has said so to the
-        coordinator: its process is gone, or the next stage while it was loaded."""
+        coordinator: its process is gone, or the next stage while it was loaded. ``freed`` waits
+        until the stages that end have given their memory back."""
         self.epoch = request.epoch
         self.coordinator = coordinator
         self._request = request
         self._parts = parts
         self._on_broken = on_broken
+        self._freed = freed
         self._loop = asyncio.get_running_loop()
         self._upstream: Session | None = None
         self._host: StageHost | None = None
@@ -167,6 +170,7 @@ class HostedStage:
                 config = await self._config()
                 self._tell("load", 0, 0)
                 await self._link()
+                await self._freed()
                 start = StartEngine(stage_config_to(config, request.epoch, request.index))
                 self._host.send(encode(start))
                 ready = await self._ready
@@ -203,7 +207,7 @@ class HostedStage:
     async def _config(self) -> StageConfig:
         request = self._request
         files = ShardFiles(Path(str(request.model.get("path", ""))))
-        if terms.engine_of(request) == "llama":
+        if terms.engine_of(request) != "stub":
             self._files = self._parts.files_of(request, self.coordinator, self._tell)
             files = await self._files.make()
         return terms.stage_config(request, self._settings, files)

@@ -75,6 +75,8 @@ class Offer:
         engines = ["stub"]
         if importlib.util.find_spec("llama_cpp") is not None:
             engines.append("llama")
+        if importlib.util.find_spec("onnxruntime") is not None:
+            engines.append("onnx")
         return DeviceInfo(
             name=self._settings.name,
             device_id=self._device_id,

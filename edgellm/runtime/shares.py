@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from edgellm.modelfile.manifest import ShardManifest, shard_manifest
 from edgellm.modelfile.model import Model
+from edgellm.modelfile.onnx import OnnxModel, onnx_recipe
 from edgellm.modelfile.recipe import ShardRecipe, embedding_recipe, shard_recipe
 from edgellm.store.digests import TensorDigests
 from edgellm.store.disk import Progress
@@ -110,6 +111,8 @@ def _share(
 
 def _recipes(model: Model, span: LayerSpan) -> dict[str, ShardRecipe]:
     """By role: what a stage loads."""
+    if isinstance(model, OnnxModel):
+        return {"shard": onnx_recipe(model, span)}
     recipes = {"shard": shard_recipe(model, span)}
     if span.first == 0 and len(span) < model.layers:
         recipes["embedding"] = embedding_recipe(model)

@@ -79,6 +79,8 @@ class Worker:
         self._allow_payloads = allow_payloads
         self._stages: dict[int, HostedStage] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        """Of these, the ends of stages."""
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._expiry = asyncio.create_task(self._expire())
         self._leaving = False
@@ -155,7 +157,7 @@ class Worker:
 
     def _load(self, session: Session, request: LoadStage) -> None:
         self._check_new(request.epoch)
-        stage = HostedStage(request, session, self._parts, self._drop)
+        stage = HostedStage(request, session, self._parts, self._drop, self._freed)
         refusal = self._refusal() or stage.refusal()
         if refusal is not None:
             self._refuse(stage, refusal)
@@ -242,12 +244,21 @@ class Worker:
     def _drop(self, stage: HostedStage) -> None:
         """Take no more frames for a stage from now on, and end it."""
         self._stages.pop(stage.epoch, None)
-        self._spawn(stage.close())
+        ending = self._spawn(stage.close())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    async def _freed(self) -> None:
+        """Wait for the ends that are under way: a device that has room for one stage cannot load
+        the next one beside it."""
+        if self._ending:
+            await asyncio.wait(set(self._ending))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _expire(self) -> None:
         while True:

@@ -14,6 +14,7 @@ from edgellm.modelfile.cut import read_shard
 from edgellm.modelfile.gguf import read_header
 from edgellm.modelfile.metadata import meta_integer, meta_number, meta_string
 from edgellm.modelfile.model import Model, open_model
+from edgellm.modelfile.onnx import ONNX, OnnxCard, OnnxModel, is_onnx, open_onnx
 from edgellm.modelfile.recipe import EMBEDDING
 from edgellm.types import LayerSpan
 
@@ -66,7 +67,8 @@ def stage_files(
     if (width, vocab) != (shape.width, shape.vocab):
         told = ModelShape(found.layers, width or 0, vocab or 0)
         raise ModelFileError(f"the shard has {told}, the plan says {shape}.")
-    wants_embedding = found.first and not found.last
+    # A graph looks its tokens up by itself.
+    wants_embedding = found.first and not found.last and found.architecture != ONNX
     if wants_embedding != (embedding is not None):
         raise ModelFileError("the first of several stages, and no other, has an embedding file.")
     scale = 1.0 if embedding is None else _embedding_scale(embedding, digest, shape)
@@ -98,10 +100,10 @@ def open_local(path: Path, digest: str, shape: ModelShape) -> Model:
     Raises ModelFileError when the file is invalid, is another model, or is of another ``shape``
     than the plan says; UsageError when it is not there.
     """
-    model = open_model(path)
+    model = open_onnx(path) if is_onnx(path) else open_model(path)
     if model.digest != digest:
         raise ModelFileError(f"{path} is another model here than on the coordinating device.")
-    card = read_card(model)
+    card = OnnxCard(model) if isinstance(model, OnnxModel) else read_card(model)
     found = ModelShape(card.n_layers, card.n_embd, card.n_vocab)
     if found != shape:
         raise ModelFileError(f"{path} has {found}, the plan says {shape}.")

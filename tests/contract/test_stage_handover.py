@@ -38,7 +38,7 @@ from edgellm.wire.plain import sampler_to_plain
 from edgellm.wire.tensors import encode_tokens
 from tests.stages import SPLITS, prompt_of, settings_of, stage_config
 
-KINDS = ("stub", "llama", "gemma3", "lfm2", "mamba")
+KINDS = ("stub", "llama", "gemma3", "lfm2", "mamba", "onnx-plain", "onnx-grouped", "onnx-conv")
 CAN_GO_BACK = ("stub", "llama", "gemma3")
 PEER = PeerAddress("0f" * 32, "b", "127.0.0.1", 1)
 SAMPLER = SamplerSettings(temperature=1.2, seed=7, repeat_penalty=1.3, presence_penalty=0.5)

@@ -178,7 +178,7 @@ def distance(one: Float32, other: Float32) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-@pytest.mark.parametrize("kind", ["stub", "llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["stub", "llama", "gemma3", "onnx-plain", "onnx-grouped"])
 def test_truncate_forgets_from_a_position_on(kind: str, model_dir: Path) -> None:
     config = config_of(kind, "whole", model_dir)
     feeder = Feeder(config)
@@ -200,7 +200,7 @@ def test_truncate_forgets_from_a_position_on(kind: str, model_dir: Path) -> None
         assert not np.array_equal(feeder.go_on(engine, 0, 100, 20), expected)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "lfm2", "qwen35"])
+@pytest.mark.parametrize("kind", ["mamba", "lfm2", "qwen35", "onnx-conv"])
 def test_recurrent_layers_cannot_go_back_and_say_so(kind: str, model_dir: Path) -> None:
     config = config_of(kind, "whole", model_dir)
     feeder = Feeder(config)
@@ -254,7 +254,7 @@ def test_bytes_are_those_of_the_cells(model_dir: Path) -> None:
         assert [page.count for page in image.pages] == [64, 64, 22]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "mamba", "onnx-plain", "onnx-half", "onnx-conv"])
 def test_numbers_that_are_not_finite_are_refused(kind: str, model_dir: Path) -> None:
     config = config_of(kind, "whole", model_dir)
     feeder = Feeder(config)

@@ -6,22 +6,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgellm.errors import EdgeError, ModelFileError, RemoteProtocolError
 from edgellm.modelfile import legal_boundaries, open_model, read_card, shard_recipe
+from edgellm.modelfile.cut import write_shard
 from edgellm.modelfile.manifest import (
     HASH_BYTES,
     ShardManifest,
     TensorDigest,
     shard_manifest,
 )
+from edgellm.modelfile.onnx import OnnxCard, onnx_recipe, open_onnx, open_stage
 from edgellm.types import Activations, EngineSettings, LayerSpan
 from edgellm.wire import messages as m
 from edgellm.wire.connection import Closed, Connection, Role
 from edgellm.wire.frames import FrameDecoder, encode_frame
 from tests.fuzz.driver import Target, mutated
 from tests.tinymodels import write_tiny_model
+from tests.tinyonnx import write_tiny_onnx
 
 LIMITS = dict.fromkeys(range(1, 256), 4096)
 MODELS = ("llama", "gemma2", "lfm2")
@@ -105,6 +109,50 @@ def _feed_gguf(data: bytes, folder: Path) -> bool:
     return True
 
 
+def _graphs(folder: Path) -> list[bytes]:
+    """Graphs with their weights inside: a target is one file."""
+    kinds = ("onnx-plain", "onnx-conv")
+    return [write_tiny_onnx(kind, folder / kind, layers=2).read_bytes() for kind in kinds]
+
+
+def _feed_onnx(data: bytes, folder: Path) -> bool:
+    """Everything that happens with a graph before native code sees it."""
+    path = folder / "fuzzed.onnx"
+    path.write_bytes(data)
+    try:
+        model = open_onnx(path)
+        card = OnnxCard(model)
+        for boundary in card.boundaries[:2]:
+            for span in (LayerSpan(0, boundary), LayerSpan(boundary, model.layers)):
+                onnx_recipe(model, span).header()
+                card.stage_memory(span, EngineSettings())
+                card.stage_work(span, EngineSettings(), 10)
+        open_stage(path)
+    except EdgeError:
+        return False
+    return True
+
+
+def _onnx_shards(folder: Path) -> list[bytes]:
+    found = []
+    for kind in ("onnx-plain", "onnx-grouped"):
+        model = open_onnx(write_tiny_onnx(kind, folder / kind, layers=3))
+        path = folder / f"{kind}.gguf"
+        write_shard(onnx_recipe(model, LayerSpan(1, 2)), model.read, path)
+        found.append(path.read_bytes())
+    return found
+
+
+def _feed_onnx_shard(data: bytes, folder: Path) -> bool:
+    path = folder / "fuzzed.gguf"
+    path.write_bytes(data)
+    try:
+        open_stage(path)
+    except EdgeError:
+        return False
+    return True
+
+
 def _manifests(folder: Path) -> Sequence[bytes]:
     model = open_model(write_tiny_model("llama", folder))
     recipe = shard_recipe(model, LayerSpan(0, 2))
@@ -129,5 +177,13 @@ TARGETS = (
     Target("wire", lambda folder: WIRE_SEEDS, _feed_wire, resealed, seconds=0.1),
     Target("connection", lambda folder: WIRE_SEEDS[1:-1], _feed_connection, resealed, seconds=0.1),
     Target("gguf", _models, _feed_gguf),
+    *(
+        (
+            Target("onnx", _graphs, _feed_onnx),
+            Target("onnx-shard", _onnx_shards, _feed_onnx_shard),
+        )
+        if find_spec("onnx") is not None  # it writes the seeds
+        else ()
+    ),
     Target("manifest", _manifests, _feed_manifest, seconds=0.5),
 )
