@@ -28,7 +28,7 @@ from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.introductions import Introductions
 from edgellm.runtime.leaving import LEAVE_WITHIN_S, battery_low, say_goodbye
 from edgellm.runtime.listening import listen, near_address
-from edgellm.runtime.membership import NODE_TIMEOUTS, Membership
+from edgellm.runtime.membership import NODE_TIMEOUTS, UNWATCHED, Membership
 from edgellm.runtime.neighbours import Event, Neighbours
 from edgellm.runtime.offer import Offer, disk_for
 from edgellm.runtime.reach import reach
@@ -197,7 +197,10 @@ class Node:
             on_event=self._on_event,
             on_failed=self._dial_failed,
         )
-        self._membership = Membership(self._me, self._neighbours, on_notice=self._on_notice)
+        policy = None if settings.secure else UNWATCHED
+        self._membership = Membership(
+            self._me, self._neighbours, policy=policy, on_notice=self._on_notice
+        )
         self._expect_devices()
         parts = StageParts(
             device=settings.name,

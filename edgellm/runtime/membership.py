@@ -48,6 +48,10 @@ from edgellm.wire.trust import Goodbye, MembersSeen, PeerProbed, ProbePeer, Quer
 
 NODE_TIMEOUTS = Timeouts(ping_after_s=0.5)
 """Of every session of a node: a heartbeat each half second that nothing else was heard."""
+UNWATCHED = Policy(
+    tick_s=1e8, suspect_after_s=1e8, dead_after_s=2e8, background_dead_after_s=2e8, max_lag_s=1e8
+)
+"""Only to measure what heartbeats cost: without them nobody may be accused of silence."""
 NEVER_S = 1e9
 """What an asked device says of one that it never heard of."""
 BACKGROUND = "background"
