@@ -21,6 +21,7 @@ from edgellm.cli.leave import leave
 from edgellm.cli.output import INTERRUPTED, fail
 from edgellm.cli.plan import plan
 from edgellm.cli.ps import ps
+from edgellm.cli.rivals import rivals
 from edgellm.errors import UsageError
 
 _ParserError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
@@ -35,7 +36,8 @@ app = typer.Typer(
 )
 for command in (demo, join, invite, chat, devices, forget, leave, plan, ps, doctor, bench):
     app.command()(command)
-app.command(hidden=True)(chaos)
+for command in (chaos, rivals):
+    app.command(hidden=True)(command)
 
 
 def _version(asked: bool) -> None:

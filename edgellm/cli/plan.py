@@ -2,113 +2,221 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Group
+import typer
 
-from edgellm.answer import plan_to_dict
+from edgellm.answer import LoadOptions
 from edgellm.cli import options as o
 from edgellm.cli.asked import Loading, Reaching
 from edgellm.cli.clusters import open_cluster
-from edgellm.cli.devices import scaled, size
-from edgellm.cli.output import emit, run, show, table
+from edgellm.cli.output import emit, fail, run, show, tell
+from edgellm.cli.plantables import as_data, as_tables, explanation
 from edgellm.cli.spread import spread
-from edgellm.modelref import OpenedModel
-from edgellm.planner import Explained, Prediction
+from edgellm.errors import EdgeError, UsageError
+from edgellm.modelref import OpenedModel, open_reference
+from edgellm.planner import (
+    Constraints,
+    Explained,
+    Question,
+    Situation,
+    Workload,
+    answered,
+    parse_objective,
+    parse_stages,
+    replanned,
+)
+from edgellm.planner.clusterfile import MAX_TEXT, ClusterFile, read_cluster
+from edgellm.types import Epoch
+
+__all__ = ["as_data", "as_tables", "plan"]
+
+_CONTEXT_TRAINED = 1 << 20
+"""Of a model that is described in a cluster file: no limit that is known."""
+_USUAL = Workload()
+
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        envvar="EDGELLM_EXPLAIN",
+        help="Say in words who gets what and why, and what would help.",
+    ),
+]
+ClusterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cluster",
+        envvar="EDGELLM_CLUSTER",
+        help="Plan for the devices that this file describes instead.",
+    ),
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        envvar="EDGELLM_OBJECTIVE",
+        help="latency, ttft, tpot, throughput, or weights like ttft=1,tpot=100,throughput=0.5.",
+    ),
+]
+Use = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--use",
+        envvar="EDGELLM_USE",
+        help="A device that must have a stage; may be given more than once.",
+    ),
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without",
+        envvar="EDGELLM_WITHOUT",
+        help="A device to leave out; may be given more than once.",
+    ),
+]
+MinLayers = Annotated[
+    int,
+    typer.Option(
+        "--min-layers", envvar="EDGELLM_MIN_LAYERS", help="Fewest layers of a stage.", min=1
+    ),
+]
+PromptTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens",
+        envvar="EDGELLM_PROMPT_TOKENS",
+        help="Tokens of the prompt to plan for.",
+        min=1,
+    ),
+]
+AnswerTokens = Annotated[
+    int,
+    typer.Option(
+        "--answer-tokens",
+        envvar="EDGELLM_ANSWER_TOKENS",
+        help="Tokens of the answer to plan for.",
+        min=1,
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Planning:
+    """What a plan is to be good at, and what is ruled in or out."""
+
+    objective: ObjectiveOption = "latency"
+    use: Use = None
+    without: Without = None
+    min_layers: MinLayers = 1
+    prompt_tokens: PromptTokens = _USUAL.prompt_tokens
+    answer_tokens: AnswerTokens = _USUAL.completion_tokens
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing was asked for: then the plan is that which ``chat`` would follow."""
+        return self == Planning()
+
+    def constraints(self) -> Constraints:
+        return Constraints(
+            frozenset(self.use or ()), frozenset(self.without or ()), self.min_layers
+        )
+
+    def workload(self, chunk: int = _USUAL.chunk) -> Workload:
+        return Workload(self.prompt_tokens, self.answer_tokens, chunk)
 
 
 @spread
-def plan(loading: Loading, reaching: Reaching, as_json: o.Json = False) -> None:
+def plan(
+    loading: Loading,
+    reaching: Reaching,
+    planning: Planning,
+    explain: Explain = False,
+    cluster: ClusterOption = None,
+    as_json: o.Json = False,
+) -> None:
     """Show how a model would be split, and why.
 
     Nothing is loaded.
     """
+    if cluster is not None:
+        try:
+            name, explained = simulated(loading, planning, cluster)
+        except EdgeError as error:
+            fail(error, as_json)
+        _print(name, explained, explain, as_json)
+        return
 
     async def work() -> None:
         options = loading.options()
         opened = await loading.open()
-        async with open_cluster(reaching, reaching.settings(loading.threads)) as cluster:
-            explained = await cluster.plan(opened, options)
-        if as_json:
-            emit(as_data(opened, explained))
-        else:
-            show(as_tables(opened, explained))
+        async with open_cluster(reaching, reaching.settings(loading.threads)) as found:
+            explained = await found.plan(opened, options)
+        if not planning.usual:
+            explained = replanned(
+                explained,
+                objective=parse_objective(planning.objective),
+                constraints=planning.constraints(),
+                workload=planning.workload(explained.question.situation.workload.chunk),
+            )
+        _print(opened, explained, explain, as_json)
 
     run(work, as_json)
 
 
-def as_data(opened: OpenedModel, explained: Explained) -> dict[str, Any]:
-    """What ``plan --json`` prints; seconds and bytes."""
-    solo = explained.solo
-    return {
-        "model": opened.name,
-        "plan": plan_to_dict(explained.plan),
-        "prediction": prediction_data(explained.prediction),
-        "solo": solo and {"device": solo.device, **prediction_data(solo.prediction)},
-        "left_out": [
-            {
-                "device": left.device,
-                "reason": left.reason,
-                "with_it": left.with_it and prediction_data(left.with_it),
-            }
-            for left in explained.left_out
-        ],
-        "why": explained.plan.why,
-    }
+def simulated(loading: Loading, planning: Planning, path: Path) -> tuple[str, Explained]:
+    """The plan for the devices of a cluster file, and the model's name. Raises what planning
+    raises, and UsageError for a file that cannot be read or a model that is not given."""
+    read = read_cluster(_text(path), str(path))
+    options = loading.options()
+    name, question = _question(loading.model, options, read, planning)
+    if options.stages is not None:
+        question = dataclasses.replace(question, manual=parse_stages(options.stages))
+    return name, answered(question)
 
 
-def as_tables(opened: OpenedModel, explained: Explained) -> Group:
-    """The same for people."""
-    made, expected = explained.plan, explained.prediction
-    settings = made.settings
-    stages = table(
-        ("device",),
-        ("layers", "of", "memory", "offered", "a token", "a chunk", "sending on", "speed"),
-        [
-            (
-                stage.device,
-                f"{stage.span.first} to {stage.span.end - 1}",
-                str(made.layers),
-                size(stage.memory_bytes),
-                size(stage.memory_offered),
-                scaled(stage.decode_s, 1e-3, "ms"),
-                scaled(stage.chunk_s, 1e-3, "ms"),
-                scaled(stage.link_s, 1e-3, "ms"),
-                "measured" if stage.measured else "assumed",
-            )
-            for stage in expected.stages
-        ],
+def _question(
+    model: str | None, options: LoadOptions, read: ClusterFile, planning: Planning
+) -> tuple[str, Question]:
+    if model is not None:
+        opened = open_reference(model)
+        name, card, trained = opened.name, opened.card, opened.context_train
+    elif read.model is not None:
+        name, card, trained = read.model_name, read.model, _CONTEXT_TRAINED
+    else:
+        raise UsageError(
+            "the cluster file describes no [model].", hint="Add one, or name a file with --model."
+        )
+    question = Question(
+        card,
+        read.offers,
+        options.settings(trained),
+        Epoch(1),
+        Situation(read.links, planning.workload(), read.coordinator_id),
+        parse_objective(planning.objective),
+        planning.constraints(),
     )
-    return Group(
-        f"{opened.name}: context {settings.context} tokens, KV cache {settings.kv_type},"
-        f" {settings.activations.value} between devices.",
-        "",
-        stages,
-        "",
-        made.why,
-    )
+    return name, question
 
 
-def prediction_data(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as plain data."""
-    return {
-        "prompt_tokens": prediction.workload.prompt_tokens,
-        "ttft_s": prediction.ttft_s,
-        "tpot_s": prediction.tpot_s,
-        "tokens_per_s": 1 / prediction.tpot_s if prediction.tpot_s else None,
-        "measured": prediction.measured,
-        "bottleneck": prediction.bottleneck,
-        "stages": [
-            {
-                "device": stage.device,
-                "layers": [stage.span.first, stage.span.end],
-                "memory_bytes": stage.memory_bytes,
-                "memory_offered": stage.memory_offered,
-                "decode_s": stage.decode_s,
-                "chunk_s": stage.chunk_s,
-                "link_s": stage.link_s,
-                "measured": stage.measured,
-            }
-            for stage in prediction.stages
-        ],
-    }
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT + 1)
+        return data.decode()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text.") from error
+
+
+def _print(named: OpenedModel | str, explained: Explained, explain: bool, as_json: bool) -> None:
+    if as_json:
+        emit(as_data(named, explained, explain))
+        return
+    show(as_tables(named, explained))
+    if explain:
+        tell("")
+        show(explanation(explained))

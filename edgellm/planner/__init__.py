@@ -1,13 +1,24 @@
 """Which device runs which layers. Pure: offers and a model card in, a plan or an error out."""
 
 from edgellm.planner.cost import Prediction, StagePrediction
-from edgellm.planner.inputs import DeviceOffer, ModelCard, StageMemory, StageWork
+from edgellm.planner.inputs import Constraints, DeviceOffer, ModelCard, StageMemory, StageWork
 from edgellm.planner.manual import ManualStage, parse_stages
-from edgellm.planner.plans import Explained, Situation, plan_as_asked, plan_for
+from edgellm.planner.objective import Aim, Objective, parse_objective
+from edgellm.planner.plans import (
+    Explained,
+    Question,
+    Situation,
+    answered,
+    plan_as_asked,
+    plan_for,
+    replanned,
+)
 from edgellm.planner.reasons import LeftOut, Solo
 from edgellm.planner.speeds import DeviceSpeed, Link, Links, Workload
 
 __all__ = [
+    "Aim",
+    "Constraints",
     "DeviceOffer",
     "DeviceSpeed",
     "Explained",
@@ -16,14 +27,19 @@ __all__ = [
     "Links",
     "ManualStage",
     "ModelCard",
+    "Objective",
     "Prediction",
+    "Question",
     "Situation",
     "Solo",
     "StageMemory",
     "StagePrediction",
     "StageWork",
     "Workload",
+    "answered",
+    "parse_objective",
     "parse_stages",
     "plan_as_asked",
     "plan_for",
+    "replanned",
 ]

@@ -11,9 +11,12 @@ s = 1 to k with the links l between them (docs/planner.md derives this):
              + (n - 1) * max over all s and l of (chunk_s, c rows / bandwidth_l) + leave
     TPOT     = enter + sum of decode_s + sum of link_l(one row) + leave
     request  = TTFT + (N - 1) * TPOT
+    busy_s   = n * chunk_s + head_s + (N - 1) * decode_s, of a link its bytes / bandwidth
+    period   = max over all s and l of busy
 
-The request is a sum over stages and links plus (n - 1) times a maximum over them: that is the
-form which ``partition`` minimises. ``head`` is read once a prompt, for its only row of logits.
+Whatever an objective weighs, it is a sum over stages and links plus weights times one maximum
+over them or two: that is the form which ``partition`` minimises. ``head`` is read once a prompt,
+for its only row of logits.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.planner.inputs import DeviceOffer, SpanTable
+from edgellm.planner.objective import Objective
 from edgellm.planner.speeds import Links, Workload, settled_speeds
 from edgellm.types import Activations, DeviceId, LayerSpan
 
@@ -36,6 +40,7 @@ _OfPair = Callable[[int, int], float]
 HANDLING_S = 0.7e-3
 """What a step costs a stage beside its engine: a node, a pipe, a stage process and their waking
 up. 2.0 ms for the two stages of a token measured, with what loopback and sampling took of it."""
+_SETTLES = 1e-9
 _ROW_SCALE_BYTES = 4
 _ACTIVATION_BYTES = {Activations.FLOAT32: 4, Activations.FLOAT16: 2}
 
@@ -78,6 +83,11 @@ class Prediction:
     stages: tuple[StagePrediction, ...]
     bottleneck: str
     """What every chunk of a prompt waits for: "the stage on b", "the link from a to b"."""
+    period_s: float
+    """What the busiest stage or link has to do for one request: where requests wait in line, one
+    is done in each such time."""
+    busiest: str
+    """Which stage or link that is, in the same words."""
 
     @property
     def request_s(self) -> float:
@@ -85,12 +95,30 @@ class Prediction:
         return self.ttft_s + self.workload.decoded * self.tpot_s
 
     @property
+    def throughput(self) -> float:
+        """Tokens a second of all requests together, where there are always enough of them."""
+        return self.workload.completion_tokens / self.period_s
+
+    @property
     def measured(self) -> bool:
         return all(stage.measured for stage in self.stages)
 
 
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A maximum over stages and links that an objective counts, and how often."""
+
+    weight: float
+    stages: Table
+    """[device, first, end]."""
+    links: Table
+    """[from, to]."""
+    of_former: float = 0.0
+    """It is at least so many times the one named before it: a request has all its chunks."""
+
+
 class CostModel:
-    """One model over some devices, for one workload.
+    """One model over some devices, for one workload and one objective.
 
     Arrays are float64. ``[device, first, end]`` are cut numbers of ``spans``: infinite where the
     span may not be a stage or does not fit the device. ``[from, to]`` are devices.
@@ -103,10 +131,13 @@ class CostModel:
         links: Links,
         workload: Workload,
         coordinator_id: DeviceId | None,
+        objective: Objective | None = None,
     ) -> None:
         self.spans = spans
         self.offers = tuple(offers)
         self.workload = workload
+        self.objective = objective or Objective()
+        self._weights = self.objective.weights(workload)
         self.speeds = settled_speeds([offer.speed for offer in offers])
         self._work = _Work(spans, workload)
         per_row = _ACTIVATION_BYTES[spans.settings.activations] * spans.width + _ROW_SCALE_BYTES
@@ -127,6 +158,12 @@ class CostModel:
     def waves(self) -> int:
         """How often a request waits for the slowest of its stages and links beside the sum."""
         return self.workload.chunks - 1
+
+    def value(self, prediction: Prediction) -> float:
+        """What the objective makes of a prediction: weighted seconds."""
+        by = self._weights
+        seconds = by.ttft * prediction.ttft_s + by.tpot * prediction.tpot_s
+        return seconds + by.period * prediction.period_s
 
     # --- one stage or link --------------------------------------------------------------
 
@@ -151,6 +188,15 @@ class CostModel:
         link = self._between[sender][receiver]
         return self.workload.chunk_tokens * self._row_bytes / link.bytes_per_s
 
+    def busy_s(self, share: Share) -> float:
+        """A whole request at a stage."""
+        return float(self._busy[share.device, share.first, share.end])
+
+    def busy_link_s(self, sender: int, receiver: int) -> float:
+        """A whole request on a link."""
+        rows = self.workload.prompt_tokens + self.workload.decoded
+        return rows * self._row_bytes / self._between[sender][receiver].bytes_per_s
+
     # --- a plan -------------------------------------------------------------------------
 
     def fits(self, share: Share) -> bool:
@@ -168,6 +214,12 @@ class CostModel:
                 one.device, other.device
             )
         bottleneck = max(busy, key=lambda what: busy[what])
+        whole = {f"the stage on {self._name(share)}": self.busy_s(share) for share in shares}
+        for one, other in hops:
+            whole[f"the link from {self._name(one)} to {self._name(other)}"] = self.busy_link_s(
+                one.device, other.device
+            )
+        busiest = max(whole, key=lambda what: whole[what])
         ttft = enter + leave + self.waves * busy[bottleneck] + self.head_s(shares[-1])
         ttft += sum(map(self.chunk_s, shares))
         ttft += sum(self.hop_s(a.device, b.device, work.chunk_tokens) for a, b in hops)
@@ -186,7 +238,7 @@ class CostModel:
             )
             for share, link_s in zip(shares, [*row_hops, leave], strict=True)
         )
-        return Prediction(ttft, tpot, work, stages, bottleneck)
+        return Prediction(ttft, tpot, work, stages, bottleneck, whole[busiest], busiest)
 
     def _name(self, share: Share) -> str:
         return self.offers[share.device].name
@@ -207,36 +259,63 @@ class CostModel:
     @cached_property
     def feasible(self) -> NDArray[np.bool_]:
         """[device, first, end]: whether the span may be a stage there and fits."""
-        offered = np.array([offer.memory_bytes for offer in self.offers], np.float64)
+        offered = np.array([offer.usable_bytes for offer in self.offers], np.float64)
         return np.isfinite(self.needs)[None] & (self.needs[None] <= offered[:, None, None])
 
     @cached_property
     def stage_sums(self) -> Table:
-        """[device, first, end]: what a stage adds to the request's sum."""
-        sums = self._chunk + self.workload.decoded * self._decode + self._head[:, None, :]
-        return np.where(self.feasible, sums, np.inf)
-
-    @cached_property
-    def stage_streams(self) -> Table:
-        """[device, first, end]: what a stage brings to the request's maximum."""
-        return np.where(self.feasible, self._chunk, np.inf)
+        """[device, first, end]: what a stage adds to the objective's sum."""
+        by = self._weights
+        sums = by.ttft * (self._chunk + self._head[:, None, :]) + by.tpot * self._decode
+        return np.where(self.feasible, sums + self._settles * self._request, np.inf)
 
     @cached_property
     def link_sums(self) -> Table:
-        """[from, to]: what a link adds to the request's sum."""
+        """[from, to]: what a link adds to the objective's sum."""
         tokens, decoded = self.workload.chunk_tokens, self.workload.decoded
-        return self._pairs(lambda a, b: self.hop_s(a, b, tokens) + decoded * self.hop_s(a, b, 1))
-
-    @cached_property
-    def link_streams(self) -> Table:
-        """[from, to]: what a link brings to the request's maximum."""
-        return self._pairs(self.stream_s)
+        ttft, tpot = self._weights.ttft + self._settles, self._weights.tpot
+        tpot += self._settles * decoded
+        return self._pairs(
+            lambda a, b: ttft * self.hop_s(a, b, tokens) + tpot * self.hop_s(a, b, 1)
+        )
 
     @cached_property
     def ends_sums(self) -> tuple[Table, Table]:
         """[device]: what the way from the coordinator to a first stage adds, and that back."""
-        passes = 1 + self.workload.decoded
+        passes = self._weights.ttft + self._weights.tpot
+        passes += self._settles * (1 + self.workload.decoded)
         return passes * np.array(self._enter), passes * np.array(self._leave)
+
+    @cached_property
+    def peaks(self) -> tuple[Peak, ...]:
+        """The maxima that the objective counts: none, one or two."""
+        found = []
+        if self._weights.ttft and self.waves:
+            streams = self._pairs(self.stream_s)
+            found.append(Peak(self._weights.ttft * self.waves, self._chunk, streams))
+        if self._weights.period:
+            busy = self._pairs(self.busy_link_s)
+            found.append(Peak(self._weights.period, self._busy, busy, self.workload.chunks))
+        return tuple(found)
+
+    @property
+    def _settles(self) -> float:
+        """How much the time of a whole request counts beside the objective: among plans that are
+        equal by that, the quicker answer wins."""
+        return 0.0 if self._weights.ttft and self._weights.tpot else _SETTLES
+
+    @cached_property
+    def _request(self) -> Table:
+        return self._chunk + self._head[:, None, :] + self.workload.decoded * self._decode
+
+    @cached_property
+    def _busy(self) -> Table:
+        """[device, first, end]: seconds of a stage for a whole request."""
+        return (
+            self.workload.chunks * self._chunk
+            + self._head[:, None, :]
+            + self.workload.decoded * self._decode
+        )
 
     def _pairs(self, what: _OfPair) -> Table:
         devices = range(len(self.offers))

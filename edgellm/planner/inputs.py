@@ -27,10 +27,20 @@ class DeviceOffer:
     """What a stage process there may use at its peak."""
     speed: DeviceSpeed | None = None
     """None: not measured."""
+    apart_bytes: int = 0
+    """Of that memory, what a stage there was measured to hold beyond its prediction, such as a
+    larger compute buffer, or what the system is to keep."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 0:
             raise UsageError(f"device {self.name} offers {self.memory_bytes} bytes of memory.")
+        if self.apart_bytes < 0:
+            raise UsageError(f"device {self.name} keeps {self.apart_bytes} bytes apart.")
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the prediction of a stage may come to."""
+        return max(0, self.memory_bytes - self.apart_bytes)
 
 
 class StageMemory(Protocol):
@@ -155,6 +165,34 @@ class SpanTable:
             known = self._card.stage_memory(self.span(first, end), self.settings).total
             self._bytes[first, end] = known
         return known
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What a person rules in or out, by the names of devices. Raises UsageError."""
+
+    required: frozenset[str] = frozenset()
+    """Each has a stage."""
+    forbidden: frozenset[str] = frozenset()
+    """None has one."""
+    min_layers: int = 1
+    """Of each stage; a model with fewer runs on one device."""
+
+    def __post_init__(self) -> None:
+        both = sorted(self.required & self.forbidden)
+        if both:
+            raise UsageError(f"device {both[0]} cannot be both in and left out.")
+        if self.min_layers < 1:
+            raise UsageError(f"a stage cannot have {self.min_layers} layers.")
+
+    def check(self, offers: Sequence[DeviceOffer]) -> None:
+        """Raises UsageError for a device that does not offer."""
+        known = [offer.name for offer in offers]
+        for name in sorted(self.required | self.forbidden):
+            if name not in known:
+                raise UsageError(
+                    f"there is no device {name!r}; known devices: {', '.join(known) or 'none'}."
+                )
 
 
 def check_offers(offers: Sequence[DeviceOffer]) -> None:

@@ -1,4 +1,4 @@
-"""Plans with their predictions: the fastest that fits, or as a person asked. Pure.
+"""Plans with their predictions: the best that fits, or as a person asked. Pure.
 
 The decision which device gets what is ``partition``'s, the seconds are ``cost``'s, the words are
 ``reasons``'; here they become a ``Plan``, or an error with the numbers that rule it out.
@@ -6,12 +6,14 @@ The decision which device gets what is ``partition``'s, the seconds are ``cost``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgellm.errors import NoPlanError, SplitError
 from edgellm.planner.cost import CostModel, Prediction, Share
 from edgellm.planner.inputs import (
+    Constraints,
     DeviceOffer,
     ModelCard,
     SpanTable,
@@ -21,23 +23,14 @@ from edgellm.planner.inputs import (
     offered,
 )
 from edgellm.planner.manual import ManualStage, check_against
-from edgellm.planner.partition import FREE_ORDER, Partition, Wanted, partition_by_speed
+from edgellm.planner.objective import Objective
+from edgellm.planner.partition import EXACT_DEVICES, Partition, partition_by_speed
 from edgellm.planner.reasons import LeftOut, Solo, best_solo, left_out, why_as_asked, why_fastest
 from edgellm.planner.speeds import Links, Workload
+from edgellm.planner.tables import Wanted
 from edgellm.types import DeviceId, EngineSettings, Epoch, Plan, Stage
 
 _HINT = "A smaller --ctx, a smaller --kv-type or a smaller quantisation needs less."
-
-
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """A plan, what it will take, and what was weighed against it."""
-
-    plan: Plan
-    prediction: Prediction
-    solo: Solo | None
-    """The fastest single device that could hold the model; None where there is none."""
-    left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +43,74 @@ class Situation:
     """The device that sends the tokens in and gets them back; None: none of those that offer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """All that a plan was asked for by: what answers it again, with something changed."""
+
+    card: ModelCard
+    offers: tuple[DeviceOffer, ...]
+    settings: EngineSettings
+    epoch: Epoch
+    situation: Situation
+    objective: Objective = field(default_factory=Objective)
+    constraints: Constraints = field(default_factory=Constraints)
+    min_stages: int = 1
+    use_all: bool = False
+    manual: tuple[ManualStage, ...] | None = None
+    """The split that was asked for, if one was."""
+
+    @property
+    def cost(self) -> CostModel:
+        """Made anew for each question: it holds large tables."""
+        told = self.situation
+        spans = SpanTable(self.card, self.settings)
+        return CostModel(
+            spans, self.offers, told.links, told.workload, told.coordinator_id, self.objective
+        )
+
+    def wanted(self, cost: CostModel, *, proof: bool = True) -> Wanted:
+        """The constraints, by number. Raises UsageError for a device that does not offer."""
+        self.constraints.check(self.offers)
+        at = {offer.name: number for number, offer in enumerate(self.offers)}
+        able = len(self.offers) - len(self.constraints.forbidden)
+        most = min(able, cost.spans.most_stages()) if self.use_all else self.min_stages
+        return Wanted(
+            min_stages=most,
+            required=frozenset(at[name] for name in self.constraints.required),
+            forbidden=frozenset(at[name] for name in self.constraints.forbidden),
+            min_layers=min(self.constraints.min_layers, self.card.n_layers),
+            proof=proof,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A plan, what it will take, and what was weighed against it."""
+
+    plan: Plan
+    prediction: Prediction
+    solo: Solo | None
+    """The best single device that could hold the model; None where there is none."""
+    left_out: tuple[LeftOut, ...]
+    question: Question
+    value: float
+    """What the objective makes of the prediction."""
+    least: float | None
+    """No plan at all has a lower value; None where nothing was searched."""
+
+    @property
+    def gap(self) -> float | None:
+        """By which part of the least value this one can be above the best: 0 for the best."""
+        if self.least is None or self.least <= 0:
+            return None
+        part = self.value / self.least - 1
+        return 0.0 if part < _ROUNDING else part
+
+
+_ROUNDING = 1e-4
+"""Below it, a gap is the tie-breakers' and rounding."""
+
+
 def plan_for(
     card: ModelCard,
     offers: Sequence[DeviceOffer],
@@ -59,26 +120,28 @@ def plan_for(
     *,
     min_stages: int = 1,
     use_all: bool = False,
+    objective: Objective | None = None,
+    constraints: Constraints | None = None,
     partition: Partition = partition_by_speed,
 ) -> Explained:
-    """The plan with the fastest request, one device alone and devices left out among those tried.
+    """The best plan by the objective, one device alone and devices left out among those tried.
 
     ``min_stages`` asks for at least so many stages, ``use_all`` for a stage on every device
-    (as far as the model can be cut). Raises NoPlanError, with the numbers, where nothing fits.
+    (as far as the model can be cut). Raises NoPlanError, with the numbers, where nothing fits,
+    UsageError for constraints on devices that do not offer.
     """
-    check_offers(offers)
-    if not offers:
-        raise NoPlanError("no device offers its memory.", hint="Start one with: edgellm join.")
-    cost = _cost(card, offers, settings, situation)
-    most = cost.spans.most_stages() if use_all else 0
-    wanted = Wanted(min(len(offers), most) if use_all else min_stages)
-    shares = partition(cost, wanted)
-    if shares is None:
-        raise _no_plan(cost, wanted.min_stages)
-    prediction, solo = cost.predict(shares), best_solo(cost)
-    rest = left_out(cost, wanted, shares, partition)
-    why = why_fastest(prediction, solo, rest, wanted.min_stages)
-    return Explained(_plan(cost, shares, epoch, why), prediction, solo, rest)
+    question = Question(
+        card,
+        tuple(offers),
+        settings,
+        epoch,
+        situation or Situation(),
+        objective or Objective(),
+        constraints or Constraints(),
+        min_stages,
+        use_all,
+    )
+    return answered(question, partition)
 
 
 def plan_as_asked(
@@ -94,8 +157,34 @@ def plan_as_asked(
     Raises SplitError where the split is not one of this model and these devices, NoPlanError
     where a stage does not fit its device.
     """
-    check_offers(offers)
-    cost = _cost(card, offers, settings, situation)
+    question = Question(
+        card, tuple(offers), settings, epoch, situation or Situation(), manual=tuple(manual)
+    )
+    return answered(question)
+
+
+def answered(question: Question, partition: Partition = partition_by_speed) -> Explained:
+    """The plan for a question. Raises what ``plan_for`` and ``plan_as_asked`` raise."""
+    check_offers(question.offers)
+    if question.manual is not None:
+        return _as_asked(question, question.manual)
+    if not question.offers:
+        raise NoPlanError("no device offers its memory.", hint="Start one with: edgellm join.")
+    cost = question.cost
+    wanted = question.wanted(cost)
+    solution = partition(cost, wanted)
+    if solution is None:
+        raise _no_plan(cost, wanted)
+    shares = solution.shares
+    prediction, solo = cost.predict(shares), best_solo(cost, wanted)
+    rest = left_out(cost, wanted, shares, partition)
+    why = why_fastest(prediction, solo, rest, wanted.min_stages, question.objective)
+    plan = _plan(cost, shares, question.epoch, why)
+    return Explained(plan, prediction, solo, rest, question, cost.value(prediction), solution.least)
+
+
+def _as_asked(question: Question, manual: Sequence[ManualStage]) -> Explained:
+    cost, offers = question.cost, question.offers
     spans = cost.spans
     by_name = {offer.name: at for at, offer in enumerate(offers)}
     number = {cut: at for at, cut in enumerate(spans.cuts)}
@@ -110,28 +199,40 @@ def plan_as_asked(
             name = offers[share.device].name
             raise SplitError(f"the stage on {name} cannot run: {problem.rstrip('.')}.")
         offer, need = offers[share.device], spans.memory(share.first, share.end)
-        if need > offer.memory_bytes:
+        if need > offer.usable_bytes:
             span = spans.span(share.first, share.end)
             short.append(
                 f"layers {span.first}-{span.end} need {mib_needed(need)},"
-                f" but {offer.name} offers {mib(offer.memory_bytes)}"
+                f" but {offer.name} offers {mib(offer.usable_bytes)}"
             )
     if short:
         raise NoPlanError(f"the split asked for does not fit: {'; '.join(short)}.", hint=_HINT)
-    prediction, solo = cost.predict(shares), best_solo(cost)
-    why = why_as_asked(prediction, solo)
-    return Explained(_plan(cost, shares, epoch, why), prediction, solo, ())
+    prediction, solo = cost.predict(shares), best_solo(cost, Wanted())
+    plan = _plan(cost, shares, question.epoch, why_as_asked(prediction, solo))
+    return Explained(plan, prediction, solo, (), question, cost.value(prediction), None)
 
 
-def _cost(
-    card: ModelCard,
-    offers: Sequence[DeviceOffer],
-    settings: EngineSettings,
-    situation: Situation | None,
-) -> CostModel:
-    told = situation or Situation()
-    spans = SpanTable(card, settings)
-    return CostModel(spans, offers, told.links, told.workload, told.coordinator_id)
+def replanned(
+    explained: Explained,
+    *,
+    objective: Objective | None = None,
+    constraints: Constraints | None = None,
+    workload: Workload | None = None,
+) -> Explained:
+    """The plan for the same devices and model, with something else wanted. Raises what
+    ``plan_for`` raises."""
+    asked = explained.question
+    situation = asked.situation
+    if workload is not None:
+        situation = dataclasses.replace(situation, workload=workload)
+    return answered(
+        dataclasses.replace(
+            asked,
+            objective=objective or asked.objective,
+            constraints=constraints or asked.constraints,
+            situation=situation,
+        )
+    )
 
 
 def _plan(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> Plan:
@@ -148,30 +249,39 @@ def _plan(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> P
     return Plan(epoch=epoch, layers=spans.cuts[-1], stages=stages, settings=spans.settings, why=why)
 
 
-def _no_plan(cost: CostModel, wanted: int) -> NoPlanError:
-    spans, offers = cost.spans, cost.offers
+def _no_plan(cost: CostModel, wanted: Wanted) -> NoPlanError:
+    spans = cost.spans
+    offers = [offer for at, offer in enumerate(cost.offers) if at not in wanted.forbidden]
+    if not offers:
+        return NoPlanError("every device is to be left out: none remains to run the model.")
     whole = mib_needed(spans.memory(0, spans.pieces))
     numbers = f"the model needs {whole} on one device; {offered(offers)}"
     most = spans.most_stages()
-    if wanted > most:
+    least = max(wanted.min_stages, len(wanted.required))
+    if least > most:
         return NoPlanError(
-            f"{wanted} stages were asked for, but the model can be cut into {most} at most."
+            f"{least} stages were asked for, but the model can be cut into {most} at most."
         )
-    if wanted > len(offers):
-        return NoPlanError(f"{wanted} stages were asked for, but there are {len(offers)} devices.")
-    largest = max(offers, key=lambda offer: offer.memory_bytes)
+    if least > len(offers):
+        return NoPlanError(f"{least} stages were asked for, but there are {len(offers)} devices.")
+    largest = max(offers, key=lambda offer: offer.usable_bytes)
     legal = [at for at in range(spans.pieces) if spans.problem(at, at + 1) is None]
     at = max(legal, key=lambda piece: spans.memory(piece, piece + 1), default=0)
     need = spans.memory(at, at + 1) if legal else 0
-    if need > largest.memory_bytes:
+    if need > largest.usable_bytes:
         span = spans.span(at, at + 1)
         numbers += (
             f"; layers {span.first}-{span.end} cannot be cut and alone need {mib_needed(need)}"
         )
-    elif wanted > 1:
-        numbers += f"; no split into {wanted} stages or more fits"
+    elif least > 1:
+        numbers += f"; no split into {least} stages or more fits"
     else:
         numbers += "; no split over them fits"
-        if len(offers) > FREE_ORDER:
-            numbers += " in this order"
+    if wanted.required:
+        names = ", ".join(cost.offers[at].name for at in sorted(wanted.required))
+        numbers += f" with a stage on {names}"
+    if wanted.min_layers > 1:
+        numbers += f" with {wanted.min_layers} layers or more each"
+    if len(offers) > EXACT_DEVICES and need <= largest.usable_bytes:
+        numbers += " (of those that were tried: with so many devices not all can be)"
     return NoPlanError(f"the model does not fit: {numbers}.", hint=_HINT)

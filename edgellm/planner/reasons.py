@@ -13,9 +13,13 @@ import numpy as np
 
 from edgellm.planner.cost import CostModel, Prediction, Share
 from edgellm.planner.inputs import mib, mib_needed
-from edgellm.planner.partition import Partition, Wanted
+from edgellm.planner.objective import Aim, Objective
+from edgellm.planner.partition import EXACT_DEVICES, Partition
+from edgellm.planner.tables import Wanted
 
 TRIED = 4
+NAMED = 6
+"""So many are named in a plan's reason; of more, the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +41,14 @@ class LeftOut:
     """The fastest plan that has it; None where there is none, or it was not tried."""
 
 
-def best_solo(cost: CostModel) -> Solo | None:
-    """The fastest device that can hold the whole model; memory is what others are short of."""
-    whole = [Share(device, 0, cost.spans.pieces) for device in range(len(cost.offers))]
+def best_solo(cost: CostModel, wanted: Wanted) -> Solo | None:
+    """The best device that can hold the whole model; memory is what others are short of."""
+    devices = [at for at in range(len(cost.offers)) if at not in wanted.forbidden]
+    whole = [Share(device, 0, cost.spans.pieces) for device in devices]
     able = [(cost.predict([share]), share.device) for share in whole if cost.fits(share)]
     if not able:
         return None
-    prediction, device = min(able, key=lambda one: one[0].request_s)
+    prediction, device = min(able, key=lambda one: cost.value(one[0]))
     return Solo(cost.offers[device].name, prediction)
 
 
@@ -56,7 +61,8 @@ def left_out(
     found: list[LeftOut] = []
     for device in range(len(cost.offers)):
         if device not in chosen:
-            found.append(_left_out(cost, wanted, device, now, partition, len(found) < TRIED))
+            tried = len(found) < TRIED and len(cost.offers) <= EXACT_DEVICES
+            found.append(_left_out(cost, wanted, device, now, partition, tried))
     return tuple(found)
 
 
@@ -69,42 +75,69 @@ def _left_out(
     tried: bool,
 ) -> LeftOut:
     offer = cost.offers[device]
+    if device in wanted.forbidden:
+        return LeftOut(offer.name, "was not to be used", None)
     if not cost.feasible[device].any():
         least = cost.needs[np.isfinite(cost.needs)].min()
         reason = (
-            f"offers {mib(offer.memory_bytes)}, and the smallest stage needs"
+            f"offers {mib(offer.usable_bytes)}, and the smallest stage needs"
             f" {mib_needed(int(least))}"
         )
         return LeftOut(offer.name, reason, None)
     if not tried:
         return LeftOut(offer.name, "would make answers no faster", None)
-    forced = partition(cost, replace(wanted, required=wanted.required | {device}))
+    required = wanted.required | {device}
+    forced = partition(cost, replace(wanted, required=required, proof=False))
     if forced is None:
-        return LeftOut(offer.name, "fits into no plan with the others", None)
-    with_it = cost.predict(forced)
+        return LeftOut(offer.name, "is in no plan with the others that was found", None)
+    with_it = cost.predict(forced.shares)
     return LeftOut(offer.name, f"would make answers no faster ({_against(with_it, now)})", with_it)
 
 
 def why_fastest(
-    prediction: Prediction, solo: Solo | None, rest: Sequence[LeftOut], wanted: int
+    prediction: Prediction,
+    solo: Solo | None,
+    rest: Sequence[LeftOut],
+    wanted: int,
+    objective: Objective,
 ) -> str:
     """The reason for a plan that the search found."""
     names = [stage.device for stage in prediction.stages]
     said = [_seconds_of(prediction)]
     if len(names) == 1:
-        said.insert(0, f"{names[0]} alone answers fastest")
+        said.insert(0, f"{names[0]} alone {_BEST[objective.aim]}")
     elif len(names) == wanted:
         said.insert(0, f"Split over {listed(names)}, because {wanted} stages were asked for")
     elif solo is None:
         whole = "no device alone can hold the model"
         said.insert(0, f"Split over {listed(names)}, because {whole}")
     else:
-        said.insert(0, f"Split over {listed(names)}, because together they are faster")
+        better = _TOGETHER[objective.aim]
+        said.insert(0, f"Split over {listed(names)}, because together they {better}")
     if len(names) > 1:
         said.append(_solo(prediction, solo))
         said.append(f"what a prompt waits for is {prediction.bottleneck}")
-    said += [f"{one.device} is left out: it {one.reason}" for one in rest]
+    named = rest if len(rest) <= NAMED else rest[: NAMED - 1]
+    said += [f"{one.device} is left out: it {one.reason}" for one in named]
+    if len(named) < len(rest):
+        said.append(f"{len(rest) - len(named)} other devices are left out as well")
     return _sentence(said, prediction)
+
+
+_BEST = {
+    Aim.LATENCY: "answers fastest",
+    Aim.TTFT: "has the first token soonest",
+    Aim.TPOT: "makes tokens fastest",
+    Aim.THROUGHPUT: "gets most requests done",
+    Aim.WEIGHTED: "is best by the weights given",
+}
+_TOGETHER = {
+    Aim.LATENCY: "are faster",
+    Aim.TTFT: "have the first token sooner",
+    Aim.TPOT: "make tokens faster",
+    Aim.THROUGHPUT: "get more requests done",
+    Aim.WEIGHTED: "are better by the weights given",
+}
 
 
 def why_as_asked(prediction: Prediction, solo: Solo | None) -> str:

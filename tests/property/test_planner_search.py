@@ -23,7 +23,7 @@ from edgellm.planner import (
     plan_for,
 )
 from edgellm.planner.cost import HANDLING_S
-from edgellm.planner.partition import FREE_ORDER
+from edgellm.planner.partition import EXACT_DEVICES
 from edgellm.types import DeviceId, EngineSettings, Epoch, LayerSpan
 
 SETTINGS = EngineSettings()
@@ -289,14 +289,14 @@ def test_use_all_leaves_no_device_out(
 @settings(max_examples=60, deadline=None)
 @given(
     cards(5),
-    st.lists(st.integers(5, 60), min_size=FREE_ORDER + 1, max_size=FREE_ORDER + 2),
+    st.lists(st.integers(5, 60), min_size=EXACT_DEVICES + 1, max_size=EXACT_DEVICES + 2),
     situations(),
     st.data(),
 )
 def test_many_devices_in_the_given_order(
     card: TableCard, memories: list[int], situation: Situation, data: st.DataObject
 ) -> None:
-    """Beyond ``FREE_ORDER`` at least the best plan of the given order is promised."""
+    """Beyond ``EXACT_DEVICES`` at least the best plan of the given order is promised."""
     offers = [
         DeviceOffer(f"d{at}", DeviceId(f"{at:064x}"), memory, data.draw(speeds))
         for at, memory in enumerate(memories)

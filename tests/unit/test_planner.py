@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,20 +11,25 @@ import pytest
 
 from edgellm.errors import NoPlanError, SplitError, UsageError
 from edgellm.planner import (
+    Aim,
     DeviceOffer,
     DeviceSpeed,
     Explained,
     Link,
     Links,
     ManualStage,
+    Objective,
     Situation,
     Workload,
+    parse_objective,
     parse_stages,
     plan_as_asked,
     plan_for,
+    replanned,
 )
 from edgellm.planner.cost import HANDLING_S
 from edgellm.planner.inputs import mib, mib_needed
+from edgellm.planner.objective import Weights
 from edgellm.planner.speeds import DEFAULT_LINK, DEFAULT_SPEED, HERE
 from edgellm.types import DeviceId, EngineSettings, Epoch, LayerSpan
 
@@ -415,3 +421,50 @@ def test_many_devices_are_planned_quickly() -> None:
         EPOCH,
     )
     assert time.perf_counter() - begin < 2  # about 0.05 s
+
+
+# --- objectives -------------------------------------------------------------------------
+
+
+def test_objectives_as_typed() -> None:
+    work = Workload(512, 128)
+    assert parse_objective(" TPOT ") == Objective(Aim.TPOT)
+    assert Objective().weights(work) == Weights(1, 127, 0)
+    given = parse_objective("ttft=1, throughput=0.5")
+    assert given == Objective(Aim.WEIGHTED, Weights(1, 0, 0.5))
+    assert str(given) == "ttft=1,throughput=0.5"
+    assert str(Objective(Aim.THROUGHPUT)) == "throughput"
+    for text in ("", "fast", "ttft=", "ttft=-1", "ttft=1,ttft=2", "ttft=0", "tpot=1e9", "weighted"):
+        with pytest.raises(UsageError):
+            parse_objective(text)
+    with pytest.raises(UsageError):
+        Objective(Aim.TPOT, Weights(1, 1, 1))
+
+
+def test_objectives_lead_to_other_plans() -> None:
+    """A fast reader of weights, and one that computes fast: tokens from one, prompts from both."""
+    card = EvenCard(16, tuple(range(1, 16)))
+    reader = offer("reader", 5000, DeviceSpeed(50e9, 2e10))
+    counter = offer("counter", 5000, DeviceSpeed(10e9, 2e11))
+    plans = {
+        aim: plan_for(card, [reader, counter], SETTINGS, EPOCH, objective=Objective(aim))
+        for aim in (Aim.LATENCY, Aim.TTFT, Aim.TPOT, Aim.THROUGHPUT)
+    }
+    assert [stage.device for stage in plans[Aim.TPOT].plan.stages] == ["reader"]
+    for aim, best in plans.items():
+        for other in plans.values():
+            assert best.value <= best.question.cost.value(other.prediction) + 1e-5, aim
+        assert best.gap == 0.0
+    ttft = plans[Aim.TTFT]
+    assert replanned(ttft, objective=Objective(Aim.TPOT)).plan.stages == (
+        plans[Aim.TPOT].plan.stages
+    )
+
+
+def test_what_a_device_keeps_apart_is_not_planned_with() -> None:
+    card = EvenCard(4, (1, 2, 3))
+    whole = card.stage_memory(LayerSpan(0, 4), SETTINGS).total
+    one = DeviceOffer("a", DeviceId("a" * 64), whole)
+    assert plan_for(card, [one], SETTINGS, EPOCH).plan.stages[0].memory_bytes == whole
+    with pytest.raises(NoPlanError, match=r"a offers"):
+        plan_for(card, [dataclasses.replace(one, apart_bytes=1)], SETTINGS, EPOCH)
