@@ -13,6 +13,7 @@ from edgellm.client import Cluster
 from edgellm.modelfile import read_card
 from edgellm.modelref import open_reference
 from tests.cluster.test_recovery import (
+    OF_EACH,
     STORIES,
     answer,
     at,
@@ -28,7 +29,7 @@ COUNT = 200
 LEAVES_AT = 3
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_nothing_is_computed_twice_and_only_cells_travel(
     shared_models: Path, tmp_path: Path, device: str
 ) -> None:

@@ -55,7 +55,7 @@ async def test_reference_mode_is_bit_identical_to_the_whole_model(
         assert not np.array_equal(np.stack(changed.logits), logits)
 
 
-@pytest.mark.parametrize("device", ["a", "b"])
+@pytest.mark.parametrize("device", [pytest.param("a", marks=pytest.mark.slow), "b"])
 @pytest.mark.parametrize("spare", [0, 1], ids=["no spare", "a spare"])
 @pytest.mark.parametrize("name", MODELS)
 async def test_a_device_killed_while_it_answers(

@@ -49,6 +49,9 @@ CONTEXT = 512
 TOO_SMALL_FOR_ALL = int(49.8 * 2**20)
 """Of the model's five layers, four are predicted to fit into it."""
 SLOW = "stub:6:delay=0.02"
+OF_EACH = ["b", *[pytest.param(each, marks=pytest.mark.slow) for each in "ac"]]
+"""The first and the last stage are tried over stages in memory too, at every token: here they
+take their time only when slow tests are asked for."""
 
 
 def options(**more: object) -> LoadOptions:
@@ -127,7 +130,11 @@ def print_times(what: str, made: Completion) -> None:
 
 
 @pytest.mark.parametrize("device", ["a", "b", "c"])
-@pytest.mark.parametrize("asked", [greedy(), sampled()], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "asked",
+    [pytest.param(greedy(), marks=pytest.mark.slow), sampled()],
+    ids=["greedy", "sampled"],
+)
 async def test_a_device_killed_while_it_answers(
     shared_models: Path, start_cluster: StartCluster, device: str, asked: GenerateOptions
 ) -> None:
@@ -158,7 +165,7 @@ async def test_a_device_killed_while_it_answers(
             assert changed.tokens[: TOKENS - 1] != expected.tokens[1:]
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_a_device_killed_in_the_middle_of_a_prompt(
     shared_models: Path, start_cluster: StartCluster, device: str
 ) -> None:
@@ -201,7 +208,7 @@ async def test_a_device_that_is_stopped_is_missed_in_time_and_refused_when_it_wa
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b"), ("b", "c"), ("c", "a")])
-@pytest.mark.parametrize("apart", [0, 15])
+@pytest.mark.parametrize("apart", [pytest.param(0, marks=pytest.mark.slow), 15])
 async def test_two_devices_killed(
     shared_models: Path, start_cluster: StartCluster, first: str, second: str, apart: int
 ) -> None:
@@ -240,7 +247,7 @@ async def test_a_stage_process_killed_is_started_again(
         print_times("kill -9 of b's stage process", made)
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_a_spare_device_takes_over_bit_for_bit(
     shared_models: Path, start_cluster: StartCluster, device: str
 ) -> None:
@@ -288,7 +295,7 @@ async def joined(folder: Path, names: str) -> AsyncIterator[dict[str, Joined]]:
             await device.process.wait()
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_a_device_that_leaves_hands_over_bit_for_bit(
     shared_models: Path, tmp_path: Path, device: str
 ) -> None:
