@@ -24,7 +24,7 @@ from edgellm.cli.output import emit, run, show, table, tell
 from edgellm.cli.progress import duration
 from edgellm.cli.spread import spread
 
-_SHORT_ID = 12
+_SHORT_ID = 8
 _THERE = ("alive", "suspected")
 _VERBS = {"alive": "is there", "suspected": "is suspected", "gone": "is gone", "left": "left"}
 

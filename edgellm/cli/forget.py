@@ -15,7 +15,7 @@ from edgellm.errors import UsageError
 from edgellm.identity import Member, TrustStore
 from edgellm.settings import default_home
 
-_SHORT_ID = 12
+_SHORT_ID = 8
 Forgotten = Annotated[
     str, typer.Argument(metavar="DEVICE", help="Its name, or its id or the beginning of it.")
 ]

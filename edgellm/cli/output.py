@@ -23,7 +23,7 @@ from rich.table import Table
 from edgellm.errors import EdgeError
 
 INTERRUPTED = 130
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 140
 """Columns of a table that goes into a file or a pipe."""
 _ENDING = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -106,7 +106,7 @@ def test_devices_for_people() -> None:
     shown = drawn(devices.as_tables([device("a"), device("b", figures={}, engines=())], LINKS))
     rows = [line.split() for line in shown.splitlines() if line.strip()]
     assert rows[1] == [
-        "a", "a" * 12, "alive", "192.168.1.7:7171", "mdns", "llama", "4.0", "GiB", "3.0", "GiB",
+        "a", "a" * 8, "alive", "192.168.1.7:7171", "mdns", "llama", "4.0", "GiB", "3.0", "GiB",
         "8.40", "GB/s", "123", "GFLOP/s",
     ]  # fmt: skip
     assert rows[2][5:] == ["none", "4.0", "GiB", "3.0", "GiB"]
@@ -139,7 +139,7 @@ def test_devices_that_are_not_there_are_listed_too() -> None:
     assert states == [("a", "suspected", 2.5), ("b", "alive", None), ("attic", "left", 7200.0)]
     assert told[2]["problem"] == "it was stopped"
     lines = drawn(devices.as_tables([device("a"), device("b")], LINKS, members)).splitlines()
-    assert lines[3].split()[:6] == ["attic", "c" * 12, "left", "2", "h", "0"]
+    assert lines[3].split()[:6] == ["attic", "c" * 8, "left", "2", "h", "0"]
     assert "attic left: it was stopped." in lines
 
 

@@ -351,7 +351,7 @@ def test_folders_and_their_files(folder: Path) -> None:
         open_reference(str(folder))
     empty = folder / "empty"
     empty.mkdir()
-    with pytest.raises(UsageError, match=r"no \.onnx file"):
+    with pytest.raises(ModelFileError, match=r"no \.onnx file"):
         open_reference(str(empty))
 
 

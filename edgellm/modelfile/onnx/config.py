@@ -42,7 +42,8 @@ class ModelFolder:
 
 
 def find_graph(path: Path) -> Path:
-    """The graph that a path means: the file itself, or the folder's. Raises UsageError."""
+    """The graph that a path means: the file itself, or the folder's. Raises ModelFileError where
+    there is none, UsageError where there are several."""
     if not path.is_dir():
         return path
     told = _object(path / "genai_config.json")
@@ -62,7 +63,11 @@ def find_graph(path: Path) -> Path:
         raise UsageError(
             f"{path} holds several graphs: {names}.", hint="Name one of them with --model."
         )
-    raise UsageError(f"{path} holds no {_SUFFIX} file.", hint="Name a GGUF file or an ONNX folder.")
+    raise ModelFileError(
+        f"{path} is a directory that holds no {_SUFFIX} file.",
+        field="model",
+        hint="Name a GGUF file or an ONNX folder.",
+    )
 
 
 def is_onnx(path: Path) -> bool:
