@@ -40,7 +40,7 @@ from edgellm.planning import (
     share_of,
     situation_of,
 )
-from edgellm.runtime.coordinator import ATTENTIVE, Coordinator, Progress
+from edgellm.runtime.coordinator import Coordinator, Progress
 from edgellm.runtime.offer import MEASURING
 from edgellm.runtime.peers import Link, ModelSource, Peer
 from edgellm.runtime.recovery import LastingPipeline
@@ -51,7 +51,7 @@ from edgellm.store.home import HomeBusyError
 from edgellm.transport.base import Transport
 from edgellm.transport.secure import SecureTransport
 from edgellm.types import Plan
-from edgellm.wire.connection import NO_HEARTBEATS
+from edgellm.wire.connection import ATTENTIVE, NO_HEARTBEATS
 from edgellm.wire.messages import PeerAddress
 
 __all__ = [

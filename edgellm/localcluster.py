@@ -155,6 +155,14 @@ def pair_homes(names: Mapping[Path, str]) -> None:
             store.adopt(first.cluster_id, first.members)
 
 
+def command_environment() -> dict[str, str]:
+    """For a command of ours that we start: twins of options are meant for the one that was typed,
+    not for those that it starts."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGELLM_")}
+    path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH", ""))))
+    return {**inherited, "PYTHONPATH": path}
+
+
 @contextlib.asynccontextmanager
 async def local_cluster(
     devices: Sequence[LocalDevice], own: LocalDevice | None = None
@@ -222,14 +230,11 @@ async def _spawn(device: LocalDevice, home: Path, secure: bool) -> asyncio.subpr
         command += ["--peer", peer]
     if device.pin:
         command += ["--pin", ",".join(map(str, device.pin))]
-    # Twins of options are meant for the command that was typed, not for the nodes it starts.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGELLM_")}
-    path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH", ""))))
     return await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**inherited, "PYTHONPATH": path},
+        env=command_environment(),
         start_new_session=True,  # Ctrl-C reaches us alone; we end them in order
     )
 

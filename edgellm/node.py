@@ -28,7 +28,7 @@ from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.introductions import Introductions
 from edgellm.runtime.leaving import LEAVE_WITHIN_S, battery_low, say_goodbye
 from edgellm.runtime.listening import listen, near_address
-from edgellm.runtime.membership import NODE_TIMEOUTS, UNWATCHED, Membership
+from edgellm.runtime.membership import UNWATCHED, Membership
 from edgellm.runtime.neighbours import Event, Neighbours
 from edgellm.runtime.offer import Offer, disk_for
 from edgellm.runtime.reach import reach
@@ -42,7 +42,7 @@ from edgellm.transport.base import Listener, Stream, Transport
 from edgellm.transport.memory import MemoryNetwork
 from edgellm.transport.secure import SecureTransport
 from edgellm.transport.tcp import TcpTransport
-from edgellm.wire.connection import NO_HEARTBEATS
+from edgellm.wire.connection import ATTENTIVE, NO_HEARTBEATS
 from edgellm.wire.messages import PeerAddress
 
 __all__ = ["SOFTWARE", "Node", "credentials_of", "process_stage", "usual_listen"]
@@ -81,7 +81,7 @@ class Node:
         self._on_event = on_event
         self._on_notice = on_notice
         self._me = Introduction(settings.name, self.trust.identity.device_id, SOFTWARE)
-        self._timeouts = NODE_TIMEOUTS if settings.secure else NO_HEARTBEATS
+        self._timeouts = ATTENTIVE if settings.secure else NO_HEARTBEATS
         self._sessions: set[Session] = set()
         self._worker: Worker | None = None
         self._neighbours: Neighbours | None = None
@@ -349,7 +349,7 @@ def credentials_of(trust: TrustStore) -> Credentials:
     def trusted() -> dict[str, bytes]:
         with contextlib.suppress(DeviceError):  # a damaged file: what was known stays in force
             trust.refresh()
-        return {} if trust.expelled else {m.device_id: m.certificate for m in trust.others}
+        return {} if trust.expelled else trust.certificates()
 
     return Credentials(trust.identity, trusted)
 

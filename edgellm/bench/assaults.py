@@ -43,6 +43,7 @@ CLOSED_WITHIN_S = 0.1
 FORGOTTEN_S = 2.0
 """One that is open for so long was not repelled at all."""
 MORE_MEMORY_BYTES = 10 << 20
+"""Most memory that a device may take for all the garbage that is thrown at it."""
 DISK_BYTES = 1 << 30
 DIAL_WITHIN_S = 5.0
 _WARM = 8
@@ -64,6 +65,11 @@ class Assault:
     """Memory that the device under assault took for all of it."""
     late: int = 0
     """Repelled, but after more than ``CLOSED_WITHIN_S``: on a busy machine, or by a slow node."""
+
+    @property
+    def met(self) -> bool:
+        """Whether what is promised was kept."""
+        return self.repelled == self.tries and self.more_bytes <= MORE_MEMORY_BYTES
 
     def to_dict(self) -> dict[str, object]:
         return {

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import string
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from edgellm.answer import GenerateOptions, LoadOptions
 from edgellm.bench.faults import (
-    Damage,
     Fault,
     Outcome,
     Series,
@@ -78,10 +78,10 @@ class Kind:
     def options(self) -> LoadOptions:
         layers = self.opened.card.n_layers
         ends = [layers * (index + 1) // self.stages for index in range(self.stages)]
-        names = "abcdefgh"
+        begins = [0, *ends[:-1]]
+        names = string.ascii_lowercase[: self.stages]
         stages = ",".join(
-            f"{names[index]}:{begin}-{end}"
-            for index, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+            f"{name}:{begin}-{end}" for name, begin, end in zip(names, begins, ends, strict=True)
         )
         return LoadOptions(stages=stages, exact=self.exact, context=512, chunk=32)
 
@@ -245,7 +245,7 @@ def _outcome(
         }
     return Outcome(
         trial=trial,
-        damage=damage if not problem else damage + Damage(),
+        damage=damage,
         detect_s=detect_s,
         next_token_s=next_token_s,
         ways=tuple(f"{each.kind} ({each.replay})" for each in recoveries),

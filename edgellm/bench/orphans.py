@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import psutil
 
 from edgellm.bench.assaults import Assault
 from edgellm.errors import DeviceError
-from edgellm.localcluster import LocalCluster
+from edgellm.localcluster import LocalCluster, command_environment
 
 FREED_WITHIN_S = 30.0
 LOADED_WITHIN_S = 60.0
@@ -50,9 +49,11 @@ async def _chat(local: LocalCluster) -> AsyncIterator[asyncio.subprocess.Process
     ]  # fmt: skip
     for address in local.addresses:
         command += ["--peer", address]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("EDGELLM_")}
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=inherited
+        *command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=command_environment(),
     )
     try:
         yield process

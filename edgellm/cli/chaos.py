@@ -99,10 +99,10 @@ def chaos(
             for kind in _kinds(opened, much):
                 tell(f"{kind.name}: {kind.count} trials ...")
                 series.append(await trials.run_series(devices, kind, seed, tell))
-            tell("coordinators killed ...")
-            repelled = [await coordinators_killed(devices.local, much.coordinators)]
             tell("garbage into a node ...")
-            repelled += await assaults.garbage_into_node(devices.local, much.garbage, seed)
+            repelled = await assaults.garbage_into_node(devices.local, much.garbage, seed)
+            tell("coordinators killed ...")  # by then that node must load stages as before
+            repelled.append(await coordinators_killed(devices.local, much.coordinators))
         repelled.append(assaults.garbage_into_connections(much.frames, seed))
         tell("flipped bytes ...")
         repelled.append(await assaults.flipped_bytes(opened.model, much.flips, seed))
@@ -163,4 +163,4 @@ def report(series: list[Series], repelled: list[Assault], seed: int) -> dict[str
 def _broken(series: list[Series], repelled: list[Assault]) -> list[str]:
     """What a promise was broken in."""
     struck = [each.name for each in series if each.damage != Damage()]
-    return struck + [each.name for each in repelled if each.repelled < each.tries]
+    return struck + [each.name for each in repelled if not each.met]

@@ -20,11 +20,10 @@ from edgellm.cli.clusters import (
     open_cluster,
     strangers_of,
 )
-from edgellm.cli.output import emit, run, show, table, tell
+from edgellm.cli.output import SHORT_ID, emit, run, show, table, tell
 from edgellm.cli.progress import duration
 from edgellm.cli.spread import spread
 
-_SHORT_ID = 8
 _THERE = ("alive", "suspected")
 _VERBS = {"alive": "is there", "suspected": "is suspected", "gone": "is gone", "left": "left"}
 
@@ -52,7 +51,7 @@ def devices(reaching: Reaching, as_json: o.Json = False) -> None:
 
 
 def _of_strangers(strangers: Sequence[Mapping[str, str]]) -> str:
-    names = ", ".join(each["name"] or each["id"][:_SHORT_ID] for each in strangers)
+    names = ", ".join(each["name"] or each["id"][:SHORT_ID] for each in strangers)
     many = "1 device" if len(strangers) == 1 else f"{len(strangers)} devices"
     verb = "is" if len(strangers) == 1 else "are"
     return (
@@ -134,7 +133,7 @@ def as_tables(
     rows = [
         (
             device.name,
-            device.device_id[:_SHORT_ID],
+            device.device_id[:SHORT_ID],
             *_state_words(_state(device, seen.get(device.device_id))),
             device.address,
             device.how,
@@ -152,7 +151,7 @@ def as_tables(
     rows += [
         (
             member.name,
-            member.device_id[:_SHORT_ID],
+            member.device_id[:SHORT_ID],
             *_state_words({"state": member.state, "state_since_s": member.since_s}),
             *("",) * 7,
         )

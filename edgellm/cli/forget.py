@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from edgellm.cli import options as o
-from edgellm.cli.output import emit, run, tell
+from edgellm.cli.output import SHORT_ID, emit, run, tell
 from edgellm.cli.ownnodes import running_at, talking
 from edgellm.client import device_name
 from edgellm.errors import UsageError
 from edgellm.identity import Member, TrustStore
 from edgellm.settings import default_home
 
-_SHORT_ID = 8
 Forgotten = Annotated[
     str, typer.Argument(metavar="DEVICE", help="Its name, or its id or the beginning of it.")
 ]
@@ -36,7 +35,7 @@ def forget(device: Forgotten, home: o.Home = None, as_json: o.Json = False) -> N
                 await node.forget(member.device_id)
         if as_json:
             emit({"forgotten": {"id": member.device_id, "name": member.name}})
-        tell(f"{member.name} ({member.device_id[:_SHORT_ID]}) does not belong to us any more.")
+        tell(f"{member.name} ({member.device_id[:SHORT_ID]}) does not belong to us any more.")
         if address is None:
             tell("The other devices hear of it when this one joins them: edgellm join")
 
@@ -75,4 +74,4 @@ def resolve(text: str, members: Sequence[Member], own: str) -> Member:
 
 
 def _list(members: Sequence[Member]) -> str:
-    return ", ".join(f"{member.name} ({member.device_id[:_SHORT_ID]})" for member in members)
+    return ", ".join(f"{member.name} ({member.device_id[:SHORT_ID]})" for member in members)

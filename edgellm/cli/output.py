@@ -23,6 +23,8 @@ from rich.table import Table
 from edgellm.errors import EdgeError
 
 INTERRUPTED = 130
+SHORT_ID = 8
+"""Digits of a device id that people are shown."""
 PLAIN_WIDTH = 140
 """Columns of a table that goes into a file or a pipe."""
 _ENDING = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from edgellm.discovery.addresses import Address, parse_address
 from edgellm.identity import TrustStore
-from edgellm.identity.tls import Credentials
-from edgellm.node import SOFTWARE
+from edgellm.node import SOFTWARE, credentials_of
 from edgellm.runtime.ownnode import OwnNode, own_node
 from edgellm.runtime.session import Introduction
 from edgellm.store.home import HomeBusyError, HomeLock
@@ -45,11 +44,7 @@ async def running_at(home: Path) -> Address | None:
 @contextlib.asynccontextmanager
 async def talking(trust: TrustStore, address: Address, name: str) -> AsyncIterator[OwnNode]:
     """A conversation with this device's node at ``address``. Raises PeerLostError."""
-
-    def trusted() -> dict[str, bytes]:
-        return {member.device_id: member.certificate for member in trust.members.active}
-
-    transport = SecureTransport(Credentials(trust.identity, trusted))
+    transport = SecureTransport(credentials_of(trust))
     me = Introduction(name, trust.identity.device_id, SOFTWARE)
     async with own_node(transport, address, me) as node:
         yield node

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.engine.pages import Image
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.errors import StageError
+from edgellm.types import EngineSettings, LayerSpan, SamplerSettings
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -141,6 +142,22 @@ class StageEngine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; the object is dead afterwards."""
+
+
+def check_biases(settings: SamplerSettings, vocabulary: int) -> None:
+    """Raises StageError for a bias of a token that a vocabulary of this size does not have."""
+    for token, _ in settings.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise StageError(f"logit_bias names token {token}, outside 0 to {vocabulary - 1}.")
+
+
+def best_token(logits: Float32) -> int:
+    """The token with the largest logit. Raises StageError for logits of a computation that
+    failed."""
+    best = int(np.argmax(logits))  # a NaN counts as the largest here
+    if not np.isfinite(logits[best]):
+        raise StageError("the model computed logits that are not numbers.")
+    return best
 
 
 class Sampler(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 
@@ -82,3 +82,36 @@ def answer_calls(channel: Channel, handlers: Mapping[str, Handler]) -> None:
         except EdgeError as error:
             packed = pack_message({"error": error.to_dict(), "call": call})
         channel.write(packed)
+
+
+class VocabularyCalls(Protocol):
+    """What a process that knows a vocabulary is asked; see ``text.TextService``."""
+
+    def info(self, request: Mapping[str, Any], /) -> Answer: ...
+    def tokenize(self, request: Mapping[str, Any], /) -> Answer: ...
+    def pieces(self, request: Mapping[str, Any], /) -> Answer: ...
+
+
+def answer_about_text(channel: Channel, make: Callable[[], VocabularyCalls]) -> None:
+    """The loop of such a process. ``make`` loads the vocabulary at the call ``load``: a call like
+    the others, so that a refused load arrives as its typed error."""
+    vocabulary: VocabularyCalls | None = None
+
+    def load(request: Mapping[str, Any]) -> Answer:
+        nonlocal vocabulary
+        vocabulary = make()
+        return vocabulary.info(request)
+
+    def loaded() -> VocabularyCalls:
+        if vocabulary is None:
+            raise StageError("the vocabulary is not loaded.")
+        return vocabulary
+
+    answer_calls(
+        channel,
+        {
+            "load": load,
+            "tokenize": lambda request: loaded().tokenize(request),
+            "pieces": lambda request: loaded().pieces(request),
+        },
+    )

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.engine.base import Float32
-from edgellm.errors import StageError
+from edgellm.engine.base import Float32, best_token, check_biases
 from edgellm.types import SamplerSettings
 
 Float64 = NDArray[np.float64]
@@ -33,18 +32,14 @@ class PlainSampler:
     """One request's way of picking tokens; see ``base.Sampler``."""
 
     def __init__(self, settings: SamplerSettings, vocabulary: int) -> None:
-        for token, _ in settings.logit_bias:
-            if not 0 <= token < vocabulary:
-                raise StageError(f"logit_bias names token {token}, outside 0 to {vocabulary - 1}.")
+        check_biases(settings, vocabulary)
         self._settings = settings
         self._vocabulary = vocabulary
 
     def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
         """See ``base.Sampler``. Raises StageError for logits of a computation that failed."""
         settings = self._settings
-        best = int(np.argmax(logits))  # a NaN counts as the largest here
-        if not np.isfinite(logits[best]):
-            raise StageError("the model computed logits that are not numbers.")
+        best_token(logits)  # refuses those of a computation that failed
         changed = self._changed(logits, history)
         if settings.greedy:
             return int(np.argmax(changed))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgellm.engine.base import Float32
+from edgellm.engine.base import Float32, best_token, check_biases
 from edgellm.engine.bindings import llama
 from edgellm.errors import StageError
 from edgellm.types import SamplerSettings
@@ -36,9 +36,7 @@ class LlamaSampler:
     """One request's way of picking tokens; see ``base.Sampler``."""
 
     def __init__(self, settings: SamplerSettings, vocabulary: int) -> None:
-        for token, _ in settings.logit_bias:
-            if not 0 <= token < vocabulary:
-                raise StageError(f"logit_bias names token {token}, outside 0 to {vocabulary - 1}.")
+        check_biases(settings, vocabulary)
         self._settings = settings
         self._vocabulary = vocabulary
         self._penalised = settings.penalty_last_n > 0 and (
@@ -52,9 +50,7 @@ class LlamaSampler:
 
     def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
         """See ``base.Sampler``. Raises StageError for logits of a computation that failed."""
-        best = int(np.argmax(logits))  # a NaN counts as the largest here
-        if not np.isfinite(logits[best]):
-            raise StageError("the model computed logits that are not numbers.")
+        best = best_token(logits)
         if self._plain:
             return best
         candidates = self._candidates

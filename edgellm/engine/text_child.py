@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgellm.engine.bindings import llama
-from edgellm.engine.childmessages import Answer, answer_calls
+from edgellm.engine.childmessages import Answer, answer_about_text
 from edgellm.engine.childside import open_channel, set_fields, take_llama_error
 from edgellm.errors import ModelFileError, StageError, UsageError
 
@@ -100,28 +100,7 @@ class Vocabulary:
 
 
 def main() -> None:
-    channel = open_channel()
-    vocabulary: Vocabulary | None = None
-
-    def load(request: Mapping[str, Any]) -> Answer:
-        # A call like the others, so that a refused load arrives as its typed error.
-        nonlocal vocabulary
-        vocabulary = Vocabulary(sys.argv[1])
-        return vocabulary.info(request)
-
-    def loaded() -> Vocabulary:
-        if vocabulary is None:
-            raise StageError("the vocabulary is not loaded.")
-        return vocabulary
-
-    answer_calls(
-        channel,
-        {
-            "load": load,
-            "tokenize": lambda request: loaded().tokenize(request),
-            "pieces": lambda request: loaded().pieces(request),
-        },
-    )
+    answer_about_text(open_channel(), lambda: Vocabulary(sys.argv[1]))
 
 
 if __name__ == "__main__":

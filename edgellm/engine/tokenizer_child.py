@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellm.engine.childmessages import Answer, answer_calls
+from edgellm.engine.childmessages import Answer, answer_about_text
 from edgellm.engine.childside import open_channel
 from edgellm.errors import ModelFileError, StageError, UsageError
 from edgellm.modelfile.onnx.config import TOKENIZER_FILE, ModelFolder, read_folder, read_small
@@ -188,27 +188,7 @@ def _from_word_piece(text: str) -> bytes:
 def main() -> None:
     channel = open_channel()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one text at a time, and no threads for it
-    vocabulary: JsonVocabulary | None = None
-
-    def load(request: Mapping[str, Any]) -> Answer:
-        # A call like the others, so that a refused load arrives as its typed error.
-        nonlocal vocabulary
-        vocabulary = JsonVocabulary(Path(sys.argv[1]), int(sys.argv[2]))
-        return vocabulary.info(request)
-
-    def loaded() -> JsonVocabulary:
-        if vocabulary is None:
-            raise StageError("the vocabulary is not loaded.")
-        return vocabulary
-
-    answer_calls(
-        channel,
-        {
-            "load": load,
-            "tokenize": lambda request: loaded().tokenize(request),
-            "pieces": lambda request: loaded().pieces(request),
-        },
-    )
+    answer_about_text(channel, lambda: JsonVocabulary(Path(sys.argv[1]), int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -68,15 +68,16 @@ class MemoryEstimate:
     """Predicted peak of a stage process, by part."""
 
     weights: int
-    """The shard's tensors and, in the first of several stages, the touched embedding rows."""
+    """The shard's tensors, one copy: onnxruntime drops what it has rearranged. In the first of
+    several llama.cpp stages the touched embedding rows too."""
     kv: int
     """Cells of all sequences, and recurrent states."""
     compute: int
-    """llama.cpp's compute buffer."""
+    """The engine's compute buffer."""
     base: int
     """The process itself, and rows on their way in and out."""
     loading: int
-    """The staging copy of the tensor that is repacked last, before there are cells."""
+    """Copies of the tensor that is rearranged last, before there are cells."""
 
     @property
     def total(self) -> int:

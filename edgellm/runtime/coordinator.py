@@ -28,7 +28,7 @@ from edgellm.runtime.shares import Share, Shares
 from edgellm.transport.base import Transport
 from edgellm.types import Epoch, Plan
 from edgellm.wire.care import Rebind, SequenceImported
-from edgellm.wire.connection import Timeouts
+from edgellm.wire.connection import ATTENTIVE, Timeouts
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     NO_SEQUENCE,
@@ -51,8 +51,6 @@ STALL_S = 300.0
 """Longest time that a load may go without any device telling of progress."""
 PAGES = "pages"
 """What a device calls it when it tells of KV pages that come."""
-ATTENTIVE = Timeouts(ping_after_s=0.5, dead_after_s=5.0)
-"""Devices that may have a stage are asked for signs of life more often than others."""
 Progress = Callable[[str, LoadProgress], None]
 """Told (device name, how far its part of the load is)."""
 

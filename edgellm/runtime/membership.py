@@ -42,12 +42,9 @@ from edgellm.cluster import (
 from edgellm.errors import PeerLostError
 from edgellm.runtime.session import Introduction, Session
 from edgellm.types import DeviceId
-from edgellm.wire.connection import Timeouts
 from edgellm.wire.messages import DeviceInfo, Message
 from edgellm.wire.trust import Goodbye, MembersSeen, PeerProbed, ProbePeer, QueryMembers
 
-NODE_TIMEOUTS = Timeouts(ping_after_s=0.5)
-"""Of every session of a node: a heartbeat each half second that nothing else was heard."""
 UNWATCHED = Policy(
     tick_s=1e8, suspect_after_s=1e8, dead_after_s=2e8, background_dead_after_s=2e8, max_lag_s=1e8
 )

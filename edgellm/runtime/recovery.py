@@ -337,7 +337,6 @@ class LastingPipeline:
                 self._coordinator.unload(pipeline)
                 raise
             held: Held = lost
-            how = "exact" if exact else "chunks"
         else:
             if isinstance(replay, NoPlanError):
                 raise replay
@@ -348,10 +347,9 @@ class LastingPipeline:
                 plan, self._source, self._progress, replay.share
             )
             held = None
-            how = "exact" if exact else "chunks"
         recovery = Recovery(
             kind=choice.kind.value,
-            replay=how,
+            replay="exact" if exact else "chunks",
             reason=reason,
             device=loss.device,
             detect_s=loss.detect_s,

@@ -15,6 +15,7 @@ from typing import Protocol
 from edgellm.errors import EdgeError, PeerLostError, RemoteProtocolError, error_from_dict
 from edgellm.transport.base import Stream, Transport
 from edgellm.wire.connection import (
+    CONNECTION,
     Closed,
     Connection,
     Event,
@@ -40,8 +41,6 @@ from edgellm.wire.messages import (
 
 ROUTED_KINDS = frozenset((kind_of(Step), kind_of(Hidden)))
 """Frames that a node passes on without decoding."""
-CONNECTION = 0
-"""No plan's epoch: an ``ErrorReport`` with it is about the connection."""
 
 
 @dataclass(frozen=True, slots=True)

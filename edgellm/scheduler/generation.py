@@ -53,7 +53,7 @@ class Phase(enum.Enum):
 
 SMALLEST_CHUNK = 64
 """Below this a matrix product loses more than a shorter pipeline gains."""
-_CHUNKS_OF_A_LONG_PROMPT = 16
+_CHUNKS_OF_A_LONG_PROMPT = 32
 _CHUNK_STEP = 32
 TOKENS_A_CHUNK = 8
 """Replayed tokens that may be in flight for each chunk that may. Their rows are small, and more of

@@ -81,6 +81,8 @@ _WELCOME: Final = kind_of(Welcome)
 _PING: Final = kind_of(Ping)
 _PONG: Final = kind_of(Pong)
 _ERROR: Final = kind_of(ErrorReport)
+CONNECTION: Final = 0
+"""No plan's epoch: an ``ErrorReport`` with it says why its sender closes the connection."""
 _MAX_NONCE: Final = (1 << 32) - 1
 _FIRST: Final = {Role.DIALER: State.NEW, Role.LISTENER: State.WAIT_HELLO}
 
@@ -99,6 +101,9 @@ class Timeouts:
     """A timer handled later than this says that *we* were stopped: nobody is accused for it."""
 
 
+ATTENTIVE: Final = Timeouts(ping_after_s=0.5)
+"""Between nodes, and to devices that may have a stage: a heartbeat each half second that nothing
+else was heard."""
 NO_HEARTBEATS: Final = Timeouts(ping_after_s=1e8, dead_after_s=2e8)
 """Only to measure what heartbeats cost."""
 
@@ -267,7 +272,7 @@ class Connection:
                 hint="Use the same release of edgellm on both.",
             )
             if self.role is Role.LISTENER:  # the dialer should hear why
-                self._output += encode(ErrorReport(0, NO_SEQUENCE, error.to_dict()))
+                self._output += encode(ErrorReport(CONNECTION, NO_SEQUENCE, error.to_dict()))
             raise error
         if self.role is Role.LISTENER:
             self._output += encode(Welcome(*self._identity))

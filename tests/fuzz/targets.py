@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -93,17 +92,21 @@ def _models(folder: Path) -> list[bytes]:
     return [write_tiny_model(name, folder).read_bytes() for name in MODELS]
 
 
-def _feed_gguf(data: bytes, folder: Path) -> bool:
+def use_gguf(path: Path) -> None:
     """Everything that happens with a file before native code sees it."""
+    model = open_model(path)
+    card = read_card(model)
+    for boundary in legal_boundaries(model)[:2]:
+        for span in (LayerSpan(0, boundary), LayerSpan(boundary, model.layers)):
+            shard_recipe(model, span).header()
+            card.stage_memory(span, EngineSettings())
+
+
+def _feed_gguf(data: bytes, folder: Path) -> bool:
     path = folder / "fuzzed.gguf"
     path.write_bytes(data)
     try:
-        model = open_model(path)
-        card = read_card(model)
-        for boundary in legal_boundaries(model)[:2]:
-            for span in (LayerSpan(0, boundary), LayerSpan(boundary, model.layers)):
-                shard_recipe(model, span).header()
-                card.stage_memory(span, EngineSettings())
+        use_gguf(path)
     except EdgeError:
         return False
     return True
@@ -153,14 +156,15 @@ def _feed_onnx_shard(data: bytes, folder: Path) -> bool:
     return True
 
 
-def _manifests(folder: Path) -> Sequence[bytes]:
+def tiny_manifest(folder: Path) -> bytes:
+    """Of a tiny model's first layers."""
     model = open_model(write_tiny_model("llama", folder))
     recipe = shard_recipe(model, LayerSpan(0, 2))
     digests = {
         name: TensorDigest(model.tensor(name).info.nbytes, bytes(HASH_BYTES))
         for name in recipe.sources
     }
-    return [shard_manifest(recipe, digests).encode()]
+    return shard_manifest(recipe, digests).encode()
 
 
 def _feed_manifest(data: bytes, folder: Path) -> bool:
@@ -185,5 +189,5 @@ TARGETS = (
         if find_spec("onnx") is not None  # it writes the seeds
         else ()
     ),
-    Target("manifest", _manifests, _feed_manifest, seconds=0.5),
+    Target("manifest", lambda folder: [tiny_manifest(folder)], _feed_manifest, seconds=0.5),
 )

@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 
 from edgellm.errors import EdgeError, ModelFileError, UsageError
-from edgellm.modelfile import legal_boundaries, open_model, read_card, read_header, shard_recipe
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.modelfile import read_header
+from tests.fuzz.driver import EXTREMES
+from tests.fuzz.targets import use_gguf
 from tests.tinymodels import write_tiny_model
 
 MUTATIONS = 700
 """Of each of three models: 2,100 in all."""
 SECONDS = 1.0
 """Longest that one hostile file may keep the reader busy."""
-
-EXTREMES = (0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 32, (1 << 63) - 1, (1 << 64) - 1)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "lfm2"])
@@ -38,21 +37,11 @@ def header_end(data: bytes, path: Path) -> int:
     return read_header(path).data_offset
 
 
-def use(path: Path) -> None:
-    """Everything that happens with a file before native code sees it."""
-    model = open_model(path)
-    card = read_card(model)
-    for boundary in legal_boundaries(model)[:2]:
-        for span in (LayerSpan(0, boundary), LayerSpan(boundary, model.layers)):
-            shard_recipe(model, span).header()
-            card.stage_memory(span, EngineSettings())
-
-
 def check(path: Path) -> EdgeError | None:
     """Read the file; returns the typed error, lets anything else fail the test."""
     began = time.perf_counter()
     try:
-        use(path)
+        use_gguf(path)
     except EdgeError as error:
         return error
     finally:

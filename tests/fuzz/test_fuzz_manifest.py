@@ -8,26 +8,22 @@ from __future__ import annotations
 import random
 import struct
 import time
-from pathlib import Path
 
 import pytest
 
 from edgellm.errors import ModelFileError
-from edgellm.modelfile import open_model, shard_recipe
 from edgellm.modelfile.manifest import (
     HASH_BYTES,
     MAX_MANIFEST_BYTES,
     ManifestPart,
     ShardManifest,
     TensorDigest,
-    shard_manifest,
 )
-from edgellm.types import LayerSpan
-from tests.tinymodels import write_tiny_model
+from tests.fuzz.driver import EXTREMES
+from tests.fuzz.targets import tiny_manifest
 
 SECONDS = 0.5
 MUTATIONS = 3000
-EXTREMES = (0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 32, (1 << 63) - 1, (1 << 64) - 1)
 
 
 def check(data: bytes) -> bool:
@@ -46,14 +42,7 @@ def check(data: bytes) -> bool:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder: Path = tmp_path_factory.mktemp("fuzz")
-    model = open_model(write_tiny_model("llama", folder))
-    recipe = shard_recipe(model, LayerSpan(0, 2))
-    digests = {
-        name: TensorDigest(model.tensor(name).info.nbytes, bytes(HASH_BYTES))
-        for name in recipe.sources
-    }
-    return shard_manifest(recipe, digests).encode()
+    return tiny_manifest(tmp_path_factory.mktemp("fuzz"))
 
 
 def test_cut_at_every_byte(original: bytes) -> None:

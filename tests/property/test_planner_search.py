@@ -25,6 +25,7 @@ from edgellm.planner import (
 from edgellm.planner.cost import HANDLING_S
 from edgellm.planner.partition import EXACT_DEVICES
 from edgellm.types import DeviceId, EngineSettings, Epoch, LayerSpan
+from tests.brute import Need, Work
 
 SETTINGS = EngineSettings()
 EPOCH = Epoch(1)
@@ -32,20 +33,6 @@ WIDTH = 100
 ROW_BYTES = 2 * WIDTH + 4
 TIES_S = 1e-5
 """More than all tie-breakers of a plan together."""
-
-
-@dataclass(frozen=True)
-class Need:
-    total: int
-
-
-@dataclass(frozen=True)
-class Work:
-    decode_bytes: int
-    prefill_flops: int
-    head_bytes: int
-    scan_bytes: int
-    scan_flops: int
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+from edgellm.modelfile.card import MemoryEstimate
 from edgellm.modelfile.onnx.layers import TOKENS
 from edgellm.modelfile.onnx.model import OnnxModel
 from edgellm.modelfile.onnx.schema import BFLOAT16, ELEMENT_BITS, FLOAT, FLOAT16, INT8, UINT8
@@ -32,23 +33,6 @@ _TYPE_NAMES = {
     INT8: "int8",
     UINT8: "uint8",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class OnnxMemory:
-    """Predicted peak of a stage process, by part."""
-
-    weights: int
-    """One copy: onnxruntime drops what it has rearranged for its kernels."""
-    kv: int
-    compute: int
-    base: int
-    loading: int
-    """Copies of the tensor that is rearranged at the moment, before there are cells."""
-
-    @property
-    def total(self) -> int:
-        return self.base + self.weights + max(self.kv + self.compute, self.loading)
 
 
 @dataclass(frozen=True)
@@ -145,7 +129,7 @@ class OnnxCard:
             scan_flops=scan,
         )
 
-    def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> OnnxMemory:
+    def stage_memory(self, span: LayerSpan, settings: EngineSettings) -> MemoryEstimate:
         """Predicted peak of a stage process that holds ``span``."""
         stage = self._stage(span)
         sizes = [weight.tensor.nbytes for weight in stage.weights]
@@ -155,7 +139,7 @@ class OnnxCard:
             heads = settings.chunk if settings.mode is Mode.REFERENCE else 1
             rows += heads * 4 * self.n_vocab
         scores = settings.chunk * settings.context * 4
-        return OnnxMemory(
+        return MemoryEstimate(
             weights=sum(sizes),
             kv=kv,
             compute=rows + scores,

@@ -22,7 +22,7 @@ from typing import Any
 from edgellm.errors import ModelFileError
 from edgellm.modelfile.ggml_types import GGML_TYPES_BY_NAME, ValueType
 from edgellm.modelfile.gguf import GgufHeader, read_header
-from edgellm.modelfile.metadata import MetaValue, meta_integer, meta_string, scalar_value
+from edgellm.modelfile.metadata import MetaValue, meta_string, scalar_value
 from edgellm.modelfile.onnx.boundary import ROW_RANKS, Crossing
 from edgellm.modelfile.onnx.graph import MAX_GRAPH_BYTES, read_graph
 from edgellm.modelfile.onnx.layers import SIDE_INPUTS
@@ -159,11 +159,6 @@ def _weights(told: list[list[Any]], header: GgufHeader) -> list[tuple[Tensor, Pl
 
 def _u32(value: int) -> MetaValue:
     return scalar_value(ValueType.UINT32, value)
-
-
-def stage_width(header: GgufHeader) -> int:
-    """Elements of the rows that enter or leave a shard's stage."""
-    return meta_integer(header.metadata, f"{ARCHITECTURE}.embedding_length") or 0
 
 
 # --- the shape as JSON ----------------------------------------------------------------
