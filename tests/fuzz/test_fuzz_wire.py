@@ -134,11 +134,11 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 @pytest.mark.parametrize("kind", [3, 30, 40])
 def test_msgpack_bombs_are_refused_in_little_memory(name: str, meta: bytes, kind: int) -> None:
     data = b"".join(encode_frame(kind, meta))
-    began = time.perf_counter()
+    began = time.process_time()
     (frame,) = FrameDecoder(LIMITS).feed(data)
     with pytest.raises(RemoteProtocolError):
         m.decode(frame, m.LOCAL_KINDS)
-    assert time.perf_counter() - began < 0.1, name
+    assert time.process_time() - began < 1.0, name
     assert peak_of(data, len(data)) < 10 * MIB, name
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
-from edgellm.bench.homes import MODELS, Home, random_office
+from edgellm.bench.homes import HUGE, MODELS, Home, random_office
 from edgellm.bench.simulator import play
 from edgellm.errors import NoPlanError
 from edgellm.planner import Explained, parse_objective, partition, plan_for
 from edgellm.planner.cost import CostModel
 from edgellm.planner.inputs import SpanTable
-from edgellm.planner.sketch import ModelSketch
 from edgellm.planner.tables import Wanted
 from edgellm.types import EngineSettings, Epoch
 from tests.brute import SETTINGS, Instance, best_value, random_instance, value
 
 EPOCH = Epoch(1)
-LARGE = ModelSketch(126, 16384, 53248, 128, 8, 128256)
 TIES = 1e-5
 """Seconds: more than all tie-breakers of a plan of five devices."""
 
@@ -89,10 +86,8 @@ def test_equal_to_trying_all_plans_two_thousand_times(block: int) -> None:
         check_equal(seed)
 
 
-def plan_of(home: Home, objective: str) -> tuple[Explained, float]:
-    """The plan, and the seconds of one processor that it took."""
-    begin = time.process_time()
-    explained = plan_for(
+def plan_of(home: Home, objective: str) -> Explained:
+    return plan_for(
         home.card,
         home.offers,
         home.settings,
@@ -100,18 +95,16 @@ def plan_of(home: Home, objective: str) -> tuple[Explained, float]:
         home.situation,
         objective=parse_objective(objective),
     )
-    return explained, time.process_time() - begin
 
 
-def check_near(seed: int, objective: str) -> float:
+def check_near(seed: int, objective: str) -> None:
     chance = random.Random(seed)
-    home = random_office(chance, chance.randint(32, 64), LARGE)
-    explained, took = plan_of(home, objective)
+    home = random_office(chance, chance.randint(32, 64), HUGE)
+    explained = plan_of(home, objective)
     assert explained.least is not None
     assert explained.value >= explained.least
     gap = explained.value / explained.least - 1
     assert gap <= 0.01, f"seed {seed}, {objective}: {gap:.2%}"
-    return took
 
 
 @pytest.mark.parametrize("objective", ["latency", "tpot", "ttft", "throughput"])
@@ -124,8 +117,8 @@ def test_an_office_is_near_the_bound(objective: str) -> None:
 @pytest.mark.xfail(reason="office 136 misses the 1 %: 1.75 % for latency, 1.15 % for tpot")
 @pytest.mark.parametrize("objective", ["latency", "tpot"])
 def test_two_hundred_offices_are_near_the_bound(objective: str) -> None:
-    took = [check_near(seed, objective) for seed in range(200)]
-    assert max(took) <= 5.0
+    for seed in range(200):
+        check_near(seed, objective)
 
 
 def test_a_bound_is_below_every_plan_that_is_tried() -> None:
@@ -155,31 +148,18 @@ def test_a_bound_is_below_every_plan_that_is_tried() -> None:
         assert best - 1e-4 <= near <= best * 1.02 + 1e-4
 
 
-def test_ten_devices_and_eighty_layers_within_a_second() -> None:
+def test_ten_devices_and_eighty_layers_are_exact() -> None:
+    """How long that takes is told by ``edgellm rivals --search``."""
     home = random_office(random.Random(3), 10, MODELS[-1])
     for objective in ("latency", "tpot", "ttft", "throughput"):
-        chosen, took = _search_s(home, objective)
-        assert chosen
-        assert took < 1.0, objective
+        explained = plan_of(home, objective)
+        assert explained.least is not None
+        assert explained.value <= explained.least * (1 + 1e-4), objective
 
 
-def test_sixty_four_devices_and_126_layers_within_five_seconds() -> None:
-    home = random_office(random.Random(5), 64, LARGE)
-    chosen, took = _search_s(home, "latency")
-    assert chosen
-    assert took < 5.0
-
-
-def _search_s(home: Home, objective: str) -> tuple[bool, float]:
-    told = home.situation
-    begin = time.process_time()
-    cost = CostModel(
-        SpanTable(home.card, EngineSettings(context=4096)),
-        home.offers,
-        told.links,
-        told.workload,
-        told.coordinator_id,
-        parse_objective(objective),
-    )
-    found = partition.partition_by_speed(cost, Wanted())
-    return found is not None, time.process_time() - begin
+@pytest.mark.slow
+def test_sixty_four_devices_and_126_layers() -> None:
+    for objective in ("latency", "tpot", "ttft", "throughput"):
+        explained = plan_of(random_office(random.Random(5), 64, HUGE), objective)
+        assert explained.least is not None
+        assert explained.value <= explained.least * 1.01, objective

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from edgellm.answer import LoadOptions
 from edgellm.cli import devices, plan, ps
-from edgellm.cli.app import app
+from edgellm.cli.app import app_of
 from edgellm.cli.clusters import DeviceFacts, LinkFacts, MemberFacts
 from edgellm.cli.devices import scaled, size
 from edgellm.cli.spread import spread
@@ -59,7 +59,7 @@ def test_two_options_of_one_name_are_refused() -> None:
     "command", ["demo", "join", "chat", "devices", "plan", "ps", "doctor", "bench"]
 )
 def test_every_option_has_its_twin_in_the_environment(command: str) -> None:
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = typer.main.get_command(app_of()).commands[command]  # type: ignore[attr-defined]
     options = [each for each in found.params if each.name != "help"]
     assert "--json" in [flag for each in options for flag in each.opts]
     for option in options:
@@ -67,7 +67,7 @@ def test_every_option_has_its_twin_in_the_environment(command: str) -> None:
 
 
 def test_completion_can_be_installed() -> None:
-    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
+    assert "--install-completion" in CliRunner().invoke(app_of(), ["--help"]).output
 
 
 # --- tables ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import typer
 
-from edgellm.cli.app import app
+from edgellm.cli.app import app_of
 from edgellm.cli.forget import resolve
 from edgellm.cli.invitations import (
     Shown,
@@ -154,7 +154,7 @@ def test_a_device_without_others_has_nobody_to_forget() -> None:
 
 @pytest.mark.parametrize("command", ["invite", "forget", "leave"])
 def test_every_option_has_its_twin_in_the_environment(command: str) -> None:
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    found = typer.main.get_command(app_of()).commands[command]  # type: ignore[attr-defined]
     options = [p for p in found.params if p.name != "help" and p.param_type_name == "option"]
     assert "--json" in [flag for each in options for flag in each.opts]
     for option in options:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from edgellm.cli.app import app
+from edgellm.cli.app import app_of
 from edgellm.errors import UsageError
 from edgellm.planner.clusterfile import read_cluster
 
@@ -26,7 +26,7 @@ DEVICE = '[[device]]\nname = "pi"\nmemory = "1GiB"\n'
 
 
 def planned(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["plan", *arguments])
+    return CliRunner().invoke(app_of(), ["plan", *arguments])
 
 
 def refused(tmp_path: Path, text: str, *arguments: str) -> tuple[int, str]:

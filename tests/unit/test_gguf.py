@@ -222,9 +222,9 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BAD_HEADERS)
 def test_bad_header_names_its_field(name: str, tmp_path: Path) -> None:
     content, field = BAD_HEADERS[name]
-    began = time.perf_counter()
+    began = time.process_time()
     assert refused(tmp_path, content).field == field
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 def test_good_header_made_by_the_same_hand(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_large_vocabulary_is_fast(tmp_path: Path) -> None:
             )
         )
     )
-    began = time.perf_counter()
+    began = time.process_time()
     header = read_header(path)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 2.0  # 0.1 s; a loop in Python a token would take more
     assert header.metadata["tokenizer.ggml.tokens"].items()[-1] == f"token{count - 1}"
 
 

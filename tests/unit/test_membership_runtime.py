@@ -169,7 +169,7 @@ async def test_a_silent_device_is_suspected_then_gone_then_back(network: MemoryN
         await until(lambda: a.state("c") is SUSPECTED)
         await until(lambda: a.state("c") is GONE)
         took = asyncio.get_running_loop().time() - began
-        assert 0.4 < took < 0.9
+        assert 0.4 < took < 3.0
         assert str(a.facts("c")["problem"]).startswith("silent for ")
         assert a.state("b") is ALIVE
         assert a.neighbours.session_with(id_of("c")) is None

@@ -312,9 +312,9 @@ def test_noise_is_refused_soon(tmp_path: Path) -> None:
         put_integer(1, 8) + put_bytes(8, b"") + put_bytes(7, put_bytes(5, b"\x08" * 9)),
     ):
         path.write_bytes(noise)
-        began = time.perf_counter()
+        began = time.process_time()
         refused(path)
-        assert time.perf_counter() - began < 1.0
+        assert time.process_time() - began < 1.0
 
 
 def test_a_huge_graph_is_refused_without_being_read(tmp_path: Path) -> None:

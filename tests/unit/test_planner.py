@@ -15,6 +15,7 @@ from edgellm.planner import (
     DeviceOffer,
     DeviceSpeed,
     Explained,
+    KindWork,
     Link,
     Links,
     ManualStage,
@@ -27,10 +28,9 @@ from edgellm.planner import (
     plan_for,
     replanned,
 )
-from edgellm.planner.cost import HANDLING_S
 from edgellm.planner.inputs import mib, mib_needed
 from edgellm.planner.objective import Weights
-from edgellm.planner.speeds import DEFAULT_LINK, DEFAULT_SPEED, HERE
+from edgellm.planner.speeds import DEFAULT_LINK, DEFAULT_SPEED, HANDLING_S, HERE
 from edgellm.types import DeviceId, EngineSettings, Epoch, LayerSpan
 
 MIB = 1 << 20
@@ -50,6 +50,8 @@ class Work:
     head_bytes: int = 0
     scan_bytes: int = 0
     scan_flops: int = 0
+    by_kind: tuple[KindWork, ...] = ()
+    head_kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -405,12 +407,12 @@ def test_numbers_never_read_as_enough_when_they_are_not() -> None:
 def test_many_devices_are_planned_quickly() -> None:
     card = EvenCard(126, tuple(range(1, 126)))
     offers = [offer(f"d{at}", 90 + at) for at in range(16)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan = plan_for(card, offers, SETTINGS, EPOCH).plan
-    assert time.perf_counter() - begin < 10  # about 0.5 s; far more would be another complexity
+    assert time.process_time() - begin < 10  # about 0.5 s; far more would be another complexity
     assert len(card.asked) == len(set(card.asked))
     assert len(plan.stages) >= 14
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan_for(
         EvenCard(80, tuple(range(1, 80))),
         [
@@ -420,7 +422,7 @@ def test_many_devices_are_planned_quickly() -> None:
         SETTINGS,
         EPOCH,
     )
-    assert time.perf_counter() - begin < 2  # about 0.05 s
+    assert time.process_time() - begin < 2  # about 0.05 s
 
 
 # --- objectives -------------------------------------------------------------------------

@@ -265,7 +265,7 @@ async def test_all_pieces_of_a_large_vocabulary() -> None:
         begin = time.perf_counter()
         pieces = await service.pieces(everything)
         assert len(pieces) == info.n_vocab == 32000
-        assert time.perf_counter() - begin < 5
+        assert time.perf_counter() - begin < 20
         os.kill(service.pid, signal.SIGKILL)
         assert await service.pieces(everything) == pieces  # from the cache: nobody is asked
 
@@ -426,7 +426,7 @@ async def test_a_template_at_fault(renderer: ChatRenderer, template: str, says: 
     begin = time.perf_counter()
     with pytest.raises(ModelFileError, match=says) as caught:
         await renderer.render(template, [USER], {})
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < 30
     assert "template" in caught.value.message
     assert caught.value.field == "tokenizer.chat_template"
     assert await renderer.render("ok {{ messages[0].content }}", [USER], {}) == "ok hi"
