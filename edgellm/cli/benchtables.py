@@ -122,8 +122,8 @@ def _load_lines(loads: Loads) -> list[str]:
         _load_line("RPC --cache", cached, ours) + "  (servers that keep large tensors on disk)",
         f"A load again moves {_megabytes(moved)} over RPC,"
         f" {_megabytes(loads.rpc_cached[-1].moved_bytes)} with its cache, and"
-        f" {_megabytes(loads.ours_again[-1].moved_bytes)} of ours. Loopback hides that: a gigabit"
-        f" link would take {moved / GIGABIT:.1f} s for the first alone.",
+        f" {_megabytes(loads.ours_again[-1].moved_bytes)} of ours. By its bytes alone a gigabit"
+        f" link takes {moved / GIGABIT:.1f} s for the first.",
     ]
 
 
