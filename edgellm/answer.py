@@ -11,18 +11,21 @@ from numpy.typing import NDArray
 from edgellm.errors import UsageError
 from edgellm.figures import Figures
 from edgellm.runtime.requests import MadeToken, Recovery
+from edgellm.runtime.slots import MAX_WAITING
 from edgellm.types import (
     Activations,
     EngineSettings,
     FinishReason,
     Mode,
     Plan,
+    RopeScaling,
     SamplerSettings,
     Weights,
 )
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_CHUNK = 128
+DEFAULT_SPILL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +43,39 @@ class LoadOptions:
     context: int | None = None
     """KV cells of a sequence; None: what the model was trained for, 2048 at most."""
     sequences: int = 1
+    """Answers that may be under way at once; others wait."""
+    cells: int | None = None
+    """KV cells that all of them share; None: ``context`` for each. Where answers outgrow it, the
+    youngest waits, and is computed again."""
+    waiting: int = MAX_WAITING
+    """How many may wait; further ones are refused (BusyError)."""
     chunk: int | None = None
     """Tokens of a prompt that are computed in one call; None: by its length, 128 at most."""
     kv_type: str = "f16"
     threads: int = 0
     """Of each stage; 0: what each device says."""
     weights: Weights = Weights.AUTO
+    rope_scaling: RopeScaling = RopeScaling.MODEL
+    """For a context beyond the trained one: ``linear``, ``yarn``, or ``none``."""
+    rope_scale: float = 0.0
+    """How often the trained context fits into the stretched one; 0: as the model says."""
+    rope_freq_base: float = 0.0
+    """0: the model's."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters, ``FILE`` or ``FILE=SCALE`` each. They count where a model is opened."""
+    objective: str = "latency"
+    """What the plan is to be good at: ``latency`` (a whole answer), ``ttft``, ``tpot``,
+    ``throughput``, or weights like ``ttft=1,tpot=100``."""
+    grammars: bool = False
+    """Answers may have to keep to a grammar (``SamplerSettings.grammar``). The device of the last
+    stage then gets the vocabulary as well, some megabytes of a large model."""
+    spill_bytes: int = DEFAULT_SPILL_BYTES
+    """KV of ended requests that each device may keep on its disk, for others that begin alike."""
     recover: bool = True
     """When a device is lost, go on over those that are left. Without it, answers end."""
+    keep_plan: bool = False
+    """Leave the layers where they are, also where another plan would pay by what is measured while
+    it runs. A split of one's own always stays, and any plan without ``recover``."""
 
     def settings(self, context_train: int) -> EngineSettings:
         mode = Mode.REFERENCE if self.exact else Mode.NORMAL
@@ -57,6 +85,7 @@ class LoadOptions:
         return EngineSettings(
             context=self.context or min(context_train, DEFAULT_CONTEXT),
             sequences=self.sequences,
+            cells=self.cells or 0,
             chunk=self.chunk or DEFAULT_CHUNK,
             prompt_chunk=self.chunk or 0,
             kv_type=self.kv_type,
@@ -64,6 +93,10 @@ class LoadOptions:
             activations=self.activations or usual,
             threads=self.threads,
             weights=self.weights,
+            spill_bytes=self.spill_bytes,
+            rope_scaling=self.rope_scaling,
+            rope_scale=self.rope_scale,
+            rope_freq_base=self.rope_freq_base,
         )
 
 
@@ -80,6 +113,11 @@ class GenerateOptions:
     """Go on past the model's own end of text."""
     deadline_s: float = 600.0
     logits: bool = False
+    priority: int = 0
+    """Answers with a higher number go before others, and take their places where there are too few;
+    those go on later."""
+    reuse: bool = True
+    """Begin with what earlier requests computed of the same tokens, and leave it to later ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +159,7 @@ class Completion:
                 for stage, load in zip(self.plan.stages, self.loads, strict=False)
             ],
             "timings": {"load_s": round(self.load_s, 4), **self.figures.timings()},
+            "kv_pages": self.figures.kv_pages(),
             "wire": self.figures.wire(),
             "recoveries": [recovery.to_dict() for recovery in self.recoveries],
         }
@@ -142,12 +181,18 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "layers": plan.layers,
         "settings": {
             "context": settings.context,
+            "sequences": settings.sequences,
+            "cells": settings.total_cells,
             "chunk": settings.chunk,
             "kv_type": settings.kv_type,
             "activations": settings.activations.value,
             "flash_attention": settings.flash_attention,
             "swa_full": settings.swa_full,
             "weights": settings.weights.value,
+            "rope_scaling": settings.rope_scaling.value,
+            "rope_scale": settings.rope_scale,
+            "rope_freq_base": settings.rope_freq_base,
+            "lora": [{"sha256": digest, "scale": scale} for digest, scale in settings.adapters],
         },
         "why": plan.why,
     }

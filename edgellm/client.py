@@ -19,6 +19,7 @@ import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edgellm.discovery.strangers import UNPAIRED
 from edgellm.errors import EdgeError, PeerLostError
 from edgellm.identity import TrustStore
 from edgellm.loaded import COORDINATOR_NAME, Answer, LoadedModel, Messages, Prompt
-from edgellm.modelref import OpenedModel, demo_model, open_reference
+from edgellm.modelref import OpenedModel, opened_as_told
 from edgellm.node import SOFTWARE, Node, credentials_of, usual_listen
 from edgellm.planner import DeviceOffer, Explained
 from edgellm.planning import (
@@ -41,6 +42,7 @@ from edgellm.planning import (
     situation_of,
 )
 from edgellm.runtime.coordinator import Coordinator, Progress
+from edgellm.runtime.links import rounds_of
 from edgellm.runtime.offer import MEASURING
 from edgellm.runtime.peers import Link, ModelSource, Peer
 from edgellm.runtime.recovery import LastingPipeline
@@ -50,6 +52,7 @@ from edgellm.store.digests import TensorDigests
 from edgellm.store.home import HomeBusyError
 from edgellm.transport.base import Transport
 from edgellm.transport.secure import SecureTransport
+from edgellm.tuning import Tuning
 from edgellm.types import Plan
 from edgellm.wire.connection import ATTENTIVE, NO_HEARTBEATS
 from edgellm.wire.messages import PeerAddress
@@ -74,7 +77,7 @@ DISCOVERY_WAIT_S = 2.0
 QUIET_S = 0.7
 """How long nothing new must be found for the search to end sooner."""
 LOOK_EVERY_S = 0.05
-MEASURE_WAIT_S = 5.0
+MEASURE_WAIT_S = 10.0
 """How long a plan waits for devices that are measuring themselves."""
 
 
@@ -250,11 +253,12 @@ class Cluster:
     async def links(self) -> list[Link]:
         """The links between all connected devices, both ways; measured now or a while ago.
 
-        In rounds, so that no device measures two at once.
+        In rounds, so that no device is at either end of two measurements at once: what one of
+        them fills is the other's way back.
         """
         peers = self.devices()
-        for offset in range(1, len(peers)):
-            pairs = [(source, peers[(at + offset) % len(peers)]) for at, source in enumerate(peers)]
+        for meeting in rounds_of(len(peers)):
+            pairs = [(peers[source], peers[target]) for source, target in meeting]
             missing = [pair for pair in pairs if _names(pair) not in self._links]
             for found in await asyncio.gather(
                 *[self._coordinator.devices.measure_link(*pair) for pair in missing],
@@ -287,19 +291,21 @@ class Cluster:
         Waits a few seconds for devices that are still measuring themselves. Raises SplitError or
         NoPlanError.
         """
-        opened = await self._opened(model)
+        options = options or LoadOptions()
+        opened = await self._opened(model, options)
         await self.refreshed(MEASURE_WAIT_S)
         await self.links()
         situation = situation_of(self.devices(), self._links)
-        options = options or LoadOptions()
         return explain(opened, self.offers(opened.engine), options, situation)
 
     @staticmethod
-    async def _opened(model: str | OpenedModel | None) -> OpenedModel:
-        """The model that is meant; the bundled demo model where none is named."""
-        if isinstance(model, OpenedModel):
-            return model
-        return await asyncio.to_thread(lambda: open_reference(model or demo_model()))
+    async def _opened(
+        model: str | OpenedModel | None, options: LoadOptions, progress: Progress | None = None
+    ) -> OpenedModel:
+        """The model that is meant, with its adapters; the demo model where none is named. One of
+        the hub is fetched where it is not here."""
+        opened = await opened_as_told(model, options.lora, progress)
+        return replace(opened, grammars=True) if options.grammars else opened
 
     @contextlib.asynccontextmanager
     async def load(
@@ -314,16 +320,21 @@ class Cluster:
         """Plan (unless given a plan), load, and free it again on leaving.
 
         While it is loaded, a device that is lost is planned around, with the same options (but
-        with the plan's own settings); ``told`` hears of that in words.
+        with the plan's own settings). Layers move between requests where what was measured
+        meanwhile says that it pays (not with ``keep_plan``, and never those of a given split).
+        ``told`` hears of both in words.
         """
         started = time.perf_counter()
         options = options or LoadOptions()
-        opened = await self._opened(model)
+        opened = await self._opened(model, options, progress)
         plan = plan or (await self.plan(opened, options)).plan
         source = ModelSource(
             opened.engine, opened.name, opened.path, opened.digest, opened.width, opened.vocab
         )
-        replanning = Replanning(self._coordinator, opened, options, self._digests, self._links)
+        tuning = Tuning(self._coordinator, opened, options, self._digests, self._links)
+        replanning = Replanning(
+            self._coordinator, opened, options, self._digests, self._links, tuning.correct
+        )
         text = await opened.text()
         pieces = asyncio.create_task(text.preload())
         try:
@@ -336,6 +347,8 @@ class Cluster:
                 source,
                 replanning if options.recover else None,
                 told or (lambda words: None),
+                tuner=tuning,
+                waiting=options.waiting,
             )
             try:
                 await pieces

@@ -107,10 +107,33 @@ class FetchError(DeviceError):
     code = "fetch_failed"
 
 
+class HubError(DeviceError):
+    """The hub that a model was to come from failed: not reached, refused, or sent other bytes."""
+
+    code = "hub_failed"
+
+
 class DeadlineError(DeviceError):
     """A request did not finish within its deadline."""
 
     code = "deadline"
+
+
+class BusyError(DeviceError):
+    """Too many requests wait already; ``retry_after_s`` says when there may be room."""
+
+    code = "busy"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        device: str | None = None,
+        hint: str | None = None,
+        retry_after_s: float = 1.0,
+    ) -> None:
+        super().__init__(message, device=device, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class ProtocolError(DeviceError):

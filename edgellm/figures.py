@@ -5,12 +5,13 @@ Pure but for ``Snapshot.take``, which asks the stages. Seconds and bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.scheduler.generation import prompt_chunk
+from edgellm.scheduler.kvpages import PageFigures
 from edgellm.types import Plan
 
 
@@ -28,7 +29,16 @@ class Snapshot:
 
     @classmethod
     async def take(cls, pipeline: Pipeline) -> Snapshot:
-        stages = await pipeline.stats()
+        """As soon as every stage is between two steps."""
+        return cls._with(pipeline, await pipeline.stats())
+
+    @classmethod
+    def lately(cls, pipeline: Pipeline) -> Snapshot:
+        """Without asking the stages: what they said last."""
+        return cls._with(pipeline, pipeline.latest)
+
+    @classmethod
+    def _with(cls, pipeline: Pipeline, stages: Sequence[Mapping[str, int | float]]) -> Snapshot:
         traffic = [session.traffic for session in pipeline.sessions]
         return cls(
             stages=tuple(stages),
@@ -62,6 +72,10 @@ class Figures:
     """When each token arrived, from the beginning of the request."""
     before: Snapshot
     after: Snapshot
+    reused_tokens: int = 0
+    """Of the prompt, those that were not computed, because earlier requests had."""
+    pages: PageFigures = field(default_factory=PageFigures)
+    """Of all requests over this plan, when it had ended."""
 
     @property
     def prompt_chunk(self) -> int:
@@ -95,6 +109,7 @@ class Figures:
             "tpot_s": _rounded(self.tpot_s),
             "prompt_tokens": self.prompt_tokens,
             "prompt_chunk": self.prompt_chunk,
+            "reused_tokens": self.reused_tokens,
             "completion_tokens": len(self.token_times),
             "stages": [
                 {
@@ -110,6 +125,12 @@ class Figures:
                 for index, stage in enumerate(self.plan.stages)
             ],
         }
+
+    def kv_pages(self) -> dict[str, int]:
+        """KV pages of 64 tokens, as they lie in each stage's memory: ``used``, of these ``shared``
+        by several sequences, and since the plan was loaded ``evicted``; ``retained`` counts
+        sequences that ended and are kept, ``reused_tokens`` is the sum over all requests."""
+        return asdict(self.pages)
 
     def wire(self) -> dict[str, Any]:
         """Bytes and messages by link, one direction each."""

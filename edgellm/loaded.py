@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -58,20 +58,44 @@ class LoadedModel:
     def plan(self) -> Plan:
         return self.pipeline.plan
 
+    @property
+    def verdict(self) -> str:
+        """Why its layers stay where they are, as last weighed by what its stages take; empty while
+        nothing was."""
+        return self.lasting.rebalancing.verdict
+
     async def prompt_tokens(self, prompt: str | Messages, raw: bool = False) -> list[int]:
         """Token ids of a text, or of chat messages by the model's template."""
         template = self.opened.chat_template
         if isinstance(prompt, str) and (raw or template is None):
             return await self._text.tokenize(prompt, add_special=True, parse_special=False)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return await self.rendered_tokens(await self.rendered(messages))
+
+    async def rendered(self, messages: Messages, variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt that the model's own template makes of messages; ``variables`` (such as
+        ``tools``) are given to it as they are. Raises UsageError where it has none, or where it
+        refuses them."""
+        template = self.opened.chat_template
         if template is None:
             raise UsageError(
                 f"{self.opened.name} has no chat template.", hint="Give a text, with --raw."
             )
-        rendered = await self._text.render_chat(template, list(messages))
+        return await self._text.render_chat(template, list(messages), variables=variables)
+
+    async def rendered_tokens(self, rendered: str) -> list[int]:
+        """Token ids of a prompt that a template made."""
         bos = self._vocabulary.bos_text
         begins = bool(bos) and rendered.startswith(bos)
         return await self._text.tokenize(rendered, add_special=not begins, parse_special=True)
+
+    async def hidden_token(self, text: str) -> int | None:
+        """The control token that is written so and of which an answer's text shows nothing; None
+        where the model has no such token."""
+        tokens = await self._text.tokenize(text, add_special=False, parse_special=True)
+        if len(tokens) != 1 or (await self.pieces_of(tokens))[0]:
+            return None
+        return tokens[0]
 
     def answer(self, prompt: Prompt, options: GenerateOptions | None = None) -> Answer:
         """An answer to be streamed, with its figures afterwards."""
@@ -106,13 +130,20 @@ class LoadedModel:
             tokens = list(cast(Sequence[int], prompt))
         else:
             tokens = await self.prompt_tokens(cast(str | Messages, prompt), options.raw)
+        sampler = options.sampler
+        if sampler.grammar:
+            if options.ignore_eos:
+                raise UsageError("a grammar says where an answer ends: it cannot go on past that.")
+            sampler = replace(sampler, grammar_from=len(tokens))
         return Request(
             prompt=tuple(tokens),
             max_tokens=options.max_tokens,
-            sampler=options.sampler,
+            sampler=sampler,
             stop_tokens=frozenset() if options.ignore_eos else self._vocabulary.eog,
             deadline_s=options.deadline_s,
             logits=options.logits,
+            reuse=options.reuse,
+            priority=options.priority,
         )
 
 
@@ -129,6 +160,9 @@ class Answer:
         self._figures: Figures | None = None
         self._recoveries: list[Recovery] = []
         self._loads: tuple[dict[str, float], ...] = ()
+        self.reused_tokens = 0
+        """Tokens of the prompt that were not computed, because earlier requests had; known with the
+        first token."""
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it comes. Leaving early cancels it on all devices."""
@@ -145,14 +179,16 @@ class Answer:
         async with self._model.lasting.run(request) as running:
             self._recoveries = running.recoveries
             async for piece in self._read(running):
+                self.reused_tokens = running.reused
                 self._texts.append(piece.text)
                 if piece.made is not None:
                     self._made.append(piece.made)
                 yield piece
             pipeline = self._model.pipeline
+            if pipeline is not first:
+                before = Snapshot.at_load(pipeline)
+            after = await _after(pipeline, before)  # here: afterwards layers may move
         self._finish = running.finish or FinishReason.CANCELLED
-        if pipeline is not first:
-            before = Snapshot.at_load(pipeline)
         self._loads = pipeline.loads
         self._figures = Figures(
             plan=pipeline.plan,
@@ -160,7 +196,9 @@ class Answer:
             prompt_tokens=len(request.prompt),
             token_times=tuple(made.at - started for made in self._made),
             before=before,
-            after=await _after(pipeline, before),
+            after=after,
+            reused_tokens=running.reused,
+            pages=pipeline.prefixes.figures(),
         )
 
     @property
@@ -208,15 +246,19 @@ class Answer:
 
 
 async def _before(lasting: LastingPipeline) -> tuple[Pipeline, Snapshot]:
-    """The pipeline as soon as it can take a request, and its counters then."""
+    """The pipeline as soon as it can take a request, and its counters then. While others run the
+    counters are of all of them together anyway: nobody waits for a stage that computes."""
     while True:
         pipeline = await lasting.ready()
+        if pipeline.under_way:
+            return pipeline, Snapshot.lately(pipeline)
         try:
             return pipeline, await Snapshot.take(pipeline)
         except EdgeError:
-            if pipeline.failed is None:
+            if pipeline.failed is None and not pipeline.unloaded:
                 raise
-        await asyncio.sleep(0)  # lost just now: wait for the next one, or for why there is none
+        # Lost, or replaced, just now: wait for the next one, or for why there is none.
+        await asyncio.sleep(0)
 
 
 async def _after(pipeline: Pipeline, before: Snapshot) -> Snapshot:

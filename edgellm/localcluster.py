@@ -21,7 +21,7 @@ from pathlib import Path
 from edgellm.errors import DeviceError, UsageError
 from edgellm.identity import TrustStore
 from edgellm.loaded import COORDINATOR_NAME
-from edgellm.settings import NodeSettings, figures_folder
+from edgellm.settings import LOOPBACK, NodeSettings, figures_folder
 
 START_WITHIN_S = 30.0
 STOP_WITHIN_S = 5.0
@@ -48,6 +48,10 @@ class LocalDevice:
     """None: a folder that does not outlive it."""
     secure: bool = True
     """False for all devices of a cluster measures what encryption costs."""
+    listen: str = LOOPBACK
+    """An address of this machine, or of the network that ``behind`` puts it into."""
+    behind: tuple[str, ...] = ()
+    """A command that becomes the one behind it, such as ``bench.place``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,7 @@ def _settings_of(device: LocalDevice, home: Path, secure: bool) -> NodeSettings:
     return NodeSettings(
         name=device.name,
         home=home,
+        listen=device.listen,
         memory_bytes=device.memory_bytes,
         threads=device.threads,
         pin=device.pin,
@@ -219,8 +224,9 @@ async def _addressed(
 
 async def _spawn(device: LocalDevice, home: Path, secure: bool) -> asyncio.subprocess.Process:
     command = [
+        *device.behind,
         sys.executable, "-m", "edgellm", "join", "--json", "--until-stdin-closes",
-        "--name", device.name, "--home", str(home), "--listen", "127.0.0.1", "--port", "0",
+        "--name", device.name, "--home", str(home), "--listen", device.listen, "--port", "0",
         "--memory", str(device.memory_bytes), "--threads", str(device.threads),
     ]  # fmt: skip
     command.append("--discovery" if device.discovery else "--no-discovery")

@@ -1,26 +1,42 @@
 """What ``--model`` may name, opened: its card, its engine, and how its text is made.
 
-A path to a GGUF, or to an ONNX model (its folder or its .onnx file). ``stub:LAYERS`` is the
-deterministic engine without a model, for tests and fault benches (``stub:8:delay=0.01`` makes every
-decode call take 10 ms).
+A path to a GGUF, or to an ONNX model (its folder or its .onnx file); ``hf.co/USER/REPO[:QUANT]``,
+from the Hugging Face cache or, where it is not there, from the hub; the short name of a model that
+is on this device (``edgellm list``). ``stub:LAYERS`` is the deterministic engine without a model,
+for tests and fault benches (``stub:8:delay=0.01`` makes every decode call take 10 ms).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgellm.engine.text import TextService, VocabularyInfo
 from edgellm.errors import ModelFileError, UsageError
 from edgellm.modelfile import ModelCard as GgufCard
 from edgellm.modelfile import read_card
+from edgellm.modelfile.adapted import adapted
+from edgellm.modelfile.lora import Adapter, open_adapter
 from edgellm.modelfile.model import Model
 from edgellm.modelfile.onnx import OnnxCard, is_onnx, open_onnx
-from edgellm.planner import ModelCard, StageMemory, StageWork
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.planner import KindWork, ModelCard, StageMemory, StageWork
+from edgellm.settings import hub_settings, models_folder, streamed_folder
+from edgellm.store.hub import Progress, pull
+from edgellm.store.hubcache import HubCache, plain_graph
+from edgellm.store.hubname import is_hub_name, parse_hub_name
+from edgellm.store.hubstream import Streamed, stream
+from edgellm.store.library import ModelLibrary
+from edgellm.types import MAX_ADAPTER_SCALE, EngineSettings, Epoch, LayerSpan
+from edgellm.wire.messages import LoadProgress
 
+T = TypeVar("T")
+
+HUB = "hub"
+"""In a device's place, where progress is told of what is fetched from there."""
 DEMO_FILE = "edgellm-demo.gguf"
 STUB_PREFIX = "stub:"
 STUB_WIDTH = 8
@@ -39,7 +55,11 @@ class Text(Protocol):
     async def preload(self) -> None: ...
 
     async def render_chat(
-        self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+        self,
+        template: str,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str: ...
 
     async def stop(self) -> None: ...
@@ -60,6 +80,17 @@ class OpenedModel:
     chat_template: str | None
     model: Model | None = None
     """The file's header, where there is a file."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters that act on it."""
+    grammars: bool = False
+    """Answers may have to keep to a grammar: the last stage is given the vocabulary."""
+    streamed: Streamed | None = None
+    """It is on the hub and not here: each device fetches its own layers there."""
+
+    @property
+    def can_stretch(self) -> bool:
+        """Whether its rotary positions can be stretched: in a graph they are part of it."""
+        return self.engine == "llama"
 
     async def text(self) -> Text:
         """Start what turns text into tokens; the caller stops it."""
@@ -68,6 +99,38 @@ class OpenedModel:
         if self.engine == "onnx":
             return await TextService.start_json(self.path, self.vocab)
         return await TextService.start(self.path)
+
+
+def with_adapters(opened: OpenedModel, lora: Sequence[str]) -> OpenedModel:
+    """The model with LoRA adapters, ``FILE`` or ``FILE=SCALE`` each, unless it has some already.
+
+    Blocking: they are read whole.
+    Raises UsageError, ModelFileError and UnsupportedModelError as ``modelfile.lora.open_adapter``.
+    """
+    if not lora or opened.adapters:
+        return opened
+    if isinstance(lora, str):
+        raise UsageError("adapters are a list, also where there is one.")
+    card, model = opened.card, opened.model
+    if opened.engine != "llama" or model is None or not isinstance(card, GgufCard):
+        raise UsageError("--lora takes adapters of GGUF models alone.")
+    adapters = tuple(open_adapter(path, model, scale) for path, scale in map(_adapter_file, lora))
+    return replace(opened, card=adapted(card, adapters), adapters=adapters)
+
+
+def _adapter_file(text: str) -> tuple[Path, float]:
+    """``FILE`` or ``FILE=SCALE``. What is behind the last ``=`` of a file's own name may look like
+    a scale as well: the file that is there wins."""
+    name, equals, told = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        scale = float(told)
+    except ValueError:
+        return Path(text), 1.0
+    if not abs(scale) <= MAX_ADAPTER_SCALE:  # also refuses NaN
+        raise UsageError(f"the scale of {text!r} is beyond {MAX_ADAPTER_SCALE:g}.")
+    return Path(name), scale
 
 
 def demo_model() -> str:
@@ -79,17 +142,119 @@ def demo_model() -> str:
     raise UsageError("no model was named.", hint="Name a GGUF file with --model.")
 
 
-def open_reference(model: str) -> OpenedModel:
-    """Open and validate ``model``. Raises UsageError or ModelFileError; blocking, but quick."""
+def model_library() -> ModelLibrary:
+    """The models that are on this device by name."""
+    try:
+        bundled = Path(demo_model())
+    except UsageError:
+        bundled = None
+    return ModelLibrary(HubCache(hub_settings().cache), models_folder(), bundled)
+
+
+def locate(
+    model: str, progress: Progress | None = None, cancel: threading.Event | None = None
+) -> Path:
+    """The path that ``model`` means; a model of the hub that is not here is fetched. Blocking.
+
+    What is on this device is used without any network. ``progress`` is told of what is fetched,
+    ``cancel`` may be set to end it. Raises what ``store.hub.pull`` raises.
+    """
+    if is_hub_name(model):
+        name = parse_hub_name(model)
+        held = model_library().cached(name)
+        found = held or pull(name, hub_settings(), progress, cancel).model
+        return found.open_path()
+    path = Path(model)
+    if not path.exists():
+        named = model_library().named(model)
+        return path if named is None else named.open_path()
+    return plain_graph(path) if is_onnx(path) else path
+
+
+async def opened_reference(
+    model: str, progress: Progress | None = None, *, copy: bool = True
+) -> OpenedModel:
+    """``open_reference`` in a thread; see ``in_thread``."""
+    return await in_thread(
+        lambda told, cancel: open_reference(model, told, cancel, copy=copy), progress
+    )
+
+
+async def opened_as_told(
+    model: str | OpenedModel | None,
+    adapters: Sequence[str],
+    progress: Callable[[str, LoadProgress], None] | None = None,
+) -> OpenedModel:
+    """A model by what ``open_reference`` takes (the bundled one for None), with its adapters.
+    ``progress`` is told what is fetched, as of a device that loads."""
+
+    def opened(told: Progress, cancel: threading.Event) -> OpenedModel:
+        found = model
+        if not isinstance(found, OpenedModel):
+            found = open_reference(found or demo_model(), told, cancel)
+        return with_adapters(found, adapters)
+
+    def fetching(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(HUB, LoadProgress(Epoch(0), 0, what, done, total))
+
+    return await in_thread(opened, fetching)
+
+
+async def in_thread(
+    work: Callable[[Progress, threading.Event], T], progress: Progress | None = None
+) -> T:
+    """Run ``work``, which may fetch a model, in a thread; where this is cancelled, it is asked to
+    end, and what was fetched stays for the next try. ``progress`` is told in the loop's thread."""
+    loop, cancel = asyncio.get_running_loop(), threading.Event()
+
+    def told(what: str, done: int, total: int) -> None:
+        if progress is not None and not cancel.is_set():
+            loop.call_soon_threadsafe(progress, what, done, total)
+
+    running = asyncio.ensure_future(asyncio.to_thread(work, told, cancel))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        cancel.set()  # a thread cannot be cancelled, only asked
+        await asyncio.gather(running, return_exceptions=True)
+        raise
+
+
+def open_reference(
+    model: str,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+    *,
+    copy: bool = True,
+) -> OpenedModel:
+    """Open and validate ``model``. Raises UsageError or ModelFileError, and what ``locate`` does.
+
+    Blocking, but quick, unless there is something to fetch. Without ``copy`` a model of the hub
+    that is not here is not put here: see ``store.hubstream``.
+    """
     if model.startswith(STUB_PREFIX):
         return _stub(model)
-    if is_onnx(Path(model)):
-        return _onnx(model)
-    card: GgufCard = read_card(model)
+    if not copy and is_hub_name(model):
+        name = parse_hub_name(model)
+        if model_library().cached(name) is None:
+            return _streamed(stream(name, hub_settings(), streamed_folder(), progress, cancel))
+    path = locate(model, progress, cancel)
+    return _onnx(path) if is_onnx(path) else _gguf(path)
+
+
+def _streamed(streamed: Streamed) -> OpenedModel:
+    opened = _gguf(streamed.model)
+    return replace(opened, path=str(streamed.vocabulary), streamed=streamed)
+
+
+def _gguf(path: Path | Model) -> OpenedModel:
+    card: GgufCard = read_card(path)
     return OpenedModel(
         name=card.name,
         engine="llama",
-        path=str(card.model.paths[0].resolve()),
+        # Not resolved: the parts of a split file find one another by their names.
+        path=str(card.model.paths[0].absolute()),
         digest=card.digest,
         card=card,
         width=card.n_embd,
@@ -100,8 +265,8 @@ def open_reference(model: str) -> OpenedModel:
     )
 
 
-def _onnx(model: str) -> OpenedModel:
-    opened = open_onnx(model)
+def _onnx(path: Path) -> OpenedModel:
+    opened = open_onnx(path)
     card = OnnxCard(opened)
     return OpenedModel(
         name=card.name,
@@ -132,6 +297,8 @@ class _StubWork:
     head_bytes: int = 0
     scan_bytes: int = 0
     scan_flops: int = 0
+    by_kind: tuple[KindWork, ...] = ()
+    head_kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +341,11 @@ class ByteText:
         pass
 
     async def render_chat(
-        self, template: str, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
+        self,
+        template: str,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         raise ModelFileError("the stub has no chat template.")
 

@@ -27,6 +27,7 @@ from edgellm.runtime.exchange import TensorExchange
 from edgellm.runtime.hosted import StageParts
 from edgellm.runtime.introductions import Introductions
 from edgellm.runtime.leaving import LEAVE_WITHIN_S, battery_low, say_goodbye
+from edgellm.runtime.links import LinkMeter
 from edgellm.runtime.listening import listen, near_address
 from edgellm.runtime.membership import UNWATCHED, Membership
 from edgellm.runtime.neighbours import Event, Neighbours
@@ -94,7 +95,13 @@ class Node:
         self._mdns: MdnsDiscovery | None = None
         self._listeners: list[Listener] = []
         self._address: Address | None = None
-        self._offer = Offer(settings, self.device_id, SOFTWARE, on_notice)
+        self._offer = Offer(
+            settings,
+            self.device_id,
+            SOFTWARE,
+            on_notice,
+            idle=lambda: self._worker is None or self._worker.idle,
+        )
         self._lock = HomeLock(settings.home)
         self._inside = MemoryNetwork()
 
@@ -175,7 +182,7 @@ class Node:
         limit = settings.cache_bytes or disk_for(settings.home)
         cache = ShardCache(settings.home / "cache", limit)
         cache.sweep()
-        exchange = TensorExchange(cache)
+        exchange, meter = TensorExchange(cache), LinkMeter()
         self._introductions = Introductions(
             self.trust, on_change=self._trust_changed, on_notice=self._on_notice
         )
@@ -209,6 +216,7 @@ class Node:
             cache=cache,
             exchange=exchange,
             dial=self._dial_device,
+            meter=meter,
             threads=settings.threads,
             pin=settings.pin,
             plain_weights=lambda: self._offer.plain_weights,
@@ -216,7 +224,7 @@ class Node:
         takers: list[Taker] = [self._membership.take]
         if self._secure:
             takers += (self._introductions.take, self._desk.take)
-        services = Services(exchange, self._dial_device, self._neighbours, takers)
+        services = Services(exchange, self._dial_device, self._neighbours, takers, meter)
         return Worker(parts, self._offer.describe, self._allow_payloads, services)
 
     def _ways(self, port: int) -> Sequence[Discovery]:

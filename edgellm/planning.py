@@ -9,27 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from edgellm import planner
 from edgellm.answer import DEFAULT_CHUNK, LoadOptions
-from edgellm.errors import EdgeError, NoPlanError, SplitError
+from edgellm.errors import EdgeError, NoPlanError, SplitError, UsageError
 from edgellm.modelref import OpenedModel
 from edgellm.planner import (
+    Attention,
     DeviceOffer,
     DeviceSpeed,
     Explained,
     Links,
     ManualStage,
+    Prediction,
+    Rates,
     Situation,
     Workload,
+    parse_objective,
     parse_stages,
     plan_as_asked,
     plan_for,
 )
-from edgellm.probe import DeviceFigures
+from edgellm.planner.speeds import HANDLING_S
+from edgellm.probe import DeviceFigures, battery_note
 from edgellm.runtime.coordinator import Coordinator, Progress, new_epoch
+from edgellm.runtime.links import unloaded_round_trip
 from edgellm.runtime.peers import Link, Peer
 from edgellm.runtime.replans import Replan, Replans
 from edgellm.runtime.shares import Share, share_model
@@ -39,6 +46,7 @@ from edgellm.store.digests import TensorDigests
 from edgellm.types import Activations, DeviceId, EngineSettings, Plan
 from edgellm.wire.messages import DeviceInfo, LoadProgress
 
+Correct = Callable[[Sequence[DeviceOffer], Situation], tuple[Sequence[DeviceOffer], Situation]]
 THIS_DEVICE = "this device"
 ANSWER_WITHIN_S = 2.0
 """A device that does not say within this time what it offers is left out of a plan after a loss."""
@@ -56,12 +64,51 @@ def explain(
     ``settings`` stand for those of the options where they are given. Raises SplitError or
     NoPlanError.
     """
-    settings = settings or options.settings(opened.context_train)
+    settings = settings or settings_of(opened, options)
     epoch = new_epoch()
     if options.stages is not None:
         stages = parse_stages(options.stages)
         return plan_as_asked(opened.card, offers, stages, settings, epoch, situation)
-    return plan_for(opened.card, offers, settings, epoch, situation, use_all=options.use_all)
+    return plan_for(
+        opened.card,
+        offers,
+        settings,
+        epoch,
+        situation,
+        use_all=options.use_all,
+        objective=parse_objective(options.objective),
+    )
+
+
+def settings_of(opened: OpenedModel, options: LoadOptions) -> EngineSettings:
+    """How a model is to be loaded, with what was opened beside it. Raises UsageError."""
+    settings = options.settings(opened.context_train)
+    if settings.stretched and not opened.can_stretch:
+        raise UsageError(
+            f"the positions of {opened.name} cannot be stretched: it is no GGUF model.",
+            hint="Leave --rope-scaling, --rope-scale and --rope-freq-base out.",
+        )
+    if settings.kv_type != EngineSettings().kv_type and opened.engine == "onnx":
+        raise UsageError(
+            "an ONNX graph says itself of what type its KV cells are.",
+            hint=f"Leave --kv-type {settings.kv_type} out.",
+        )
+    used = tuple((adapter.digest, adapter.scale) for adapter in opened.adapters)
+    return dataclasses.replace(settings, adapters=used)
+
+
+def beyond_trained(opened: OpenedModel, settings: EngineSettings) -> str:
+    """What a person should know of a context that the model was not trained for; empty where there
+    is nothing. A base frequency that somebody chose is taken for an answer to it."""
+    trained, wanted = opened.context_train, settings.context
+    if settings.rope_freq_base or wanted <= trained * max(1.0, settings.rope_scale):
+        return ""
+    needs = math.ceil(wanted / trained)
+    how = f" --rope-scaling yarn --rope-scale {needs} stretches it." if opened.can_stretch else ""
+    return (
+        f"{opened.name} was trained for {trained} tokens of context, {wanted} are asked for: beyond"
+        f" what it knows, answers fall apart.{how}"
+    )
 
 
 def plan_over(opened: OpenedModel, offers: Sequence[DeviceOffer], options: LoadOptions) -> Plan:
@@ -78,7 +125,20 @@ def speed_of(info: DeviceInfo) -> DeviceSpeed | None:
         figures.decode_bytes_per_s,
         figures.prefill_flops_per_s,
         figures.step_overhead_s or 0.0,
+        figures.handling_s or HANDLING_S,
+        tuple(
+            (one.kind, Rates(one.decode_bytes_per_s, one.prefill_flops_per_s))
+            for one in figures.kinds
+        ),
+        attention_of(figures),
     )
+
+
+def attention_of(figures: DeviceFigures) -> Attention | None:
+    """How fast a device attends to KV cells; None where it could not tell."""
+    decode = figures.decode_attention_flops_per_s
+    prefill = figures.prefill_attention_flops_per_s
+    return Attention(decode, prefill) if decode and prefill else None
 
 
 def offers_of(infos: Sequence[DeviceInfo], engine: str) -> list[DeviceOffer]:
@@ -90,16 +150,30 @@ def offers_of(infos: Sequence[DeviceInfo], engine: str) -> list[DeviceOffer]:
             hint=f"Install it on at least one: pip install 'edgellm[{engine}]'.",
         )
     return [
-        DeviceOffer(info.name, DeviceId(info.device_id), info.memory_free, speed_of(info))
+        DeviceOffer(
+            info.name,
+            DeviceId(info.device_id),
+            info.memory_free,
+            speed_of(info),
+            apart_bytes(info),
+            battery_note(info.figures),
+        )
         for info in able
     ]
+
+
+def apart_bytes(info: DeviceInfo) -> int:
+    """What a stage process was measured to hold there beyond what a model's card counts for it."""
+    return int(DeviceFigures.from_plain(info.figures).extra_bytes)
 
 
 def situation_of(peers: Sequence[Peer], links: Mapping[tuple[str, str], Link]) -> Situation:
     """What is known of the links between these devices, and which of them is this one."""
     ids = {peer.info.name: DeviceId(peer.info.device_id) for peer in peers}
     known = {
-        (ids[link.source], ids[link.target]): planner.Link(link.round_trip_s, link.bytes_per_s)
+        (ids[link.source], ids[link.target]): planner.Link(
+            unloaded_round_trip(link.round_trip_s, link.bytes_per_s), link.bytes_per_s
+        )
         for link in links.values()
         if not link.problem and link.bytes_per_s > 0 and {link.source, link.target} <= set(ids)
     }
@@ -121,8 +195,11 @@ async def share_of(
     if opened.model is None:
         return None
     only = coordinator.peers.get(plan.stages[0].device)
-    if len(plan.stages) == 1 and only is not None and only.session.local:
-        return None  # it reads the model's own file
+    # Then it reads the model's own file.
+    here = len(plan.stages) == 1 and only is not None and only.session.local
+    here = here and opened.streamed is None
+    if here and not opened.adapters:
+        return None
     loop = asyncio.get_running_loop()
 
     def hashed(done: int, total: int) -> None:  # called in a thread
@@ -131,7 +208,16 @@ async def share_of(
             loop.call_soon_threadsafe(progress, plan.stages[0].device, message)
 
     spans = [stage.span for stage in plan.stages]
-    return await share_model(opened.model, spans, digests, hashed)
+    return await share_model(
+        opened.model,
+        spans,
+        digests,
+        hashed,
+        opened.adapters,
+        adapters_alone=here,
+        vocabulary=opened.grammars,
+        streamed=opened.streamed,
+    )
 
 
 class Replanning:
@@ -144,19 +230,22 @@ class Replanning:
         options: LoadOptions,
         digests: TensorDigests,
         links: Mapping[tuple[str, str], Link],
+        correct: Correct = lambda offers, situation: (offers, situation),
     ) -> None:
-        """``links`` are those that were measured, as they come to be known."""
+        """``links`` are those that were measured, as they come to be known; ``correct`` makes of
+        offers and a situation what they turned out to be."""
         self._coordinator = coordinator
         self._opened = opened
         self._options = options
         self._digests = digests
         self._links = links
+        self._correct = correct
 
     async def again(self, former: Plan, avoid: Collection[str], lost: int | None) -> Replans:
         """See ``runtime.replans.Replanner``. Devices that do not answer are left out."""
         known = [peer for peer in self._coordinator.peers.values() if peer.info.name not in avoid]
-        asked = await asyncio.gather(*[self._asked(peer) for peer in known])
-        pairs = [(peer, fresh) for peer, fresh in zip(known, asked, strict=True) if fresh]
+        found = await asyncio.gather(*[asked(self._coordinator, peer) for peer in known])
+        pairs = [(peer, fresh) for peer, fresh in zip(known, found, strict=True) if fresh]
         held = {stage.device: stage.memory_bytes for stage in former.stages}
         infos = []
         for peer, fresh in pairs:
@@ -179,7 +268,7 @@ class Replanning:
         """All stages, over whoever is left, with the same options."""
         if not infos:
             raise NoPlanError("no device is left.", hint="Start one with: edgellm join.")
-        offers = offers_of(infos, self._opened.engine)
+        offers: Sequence[DeviceOffer] = offers_of(infos, self._opened.engine)
         options, note = self._options, ""
         if options.stages is not None:
             wanted = {stage.device for stage in parse_stages(options.stages)}
@@ -187,7 +276,7 @@ class Replanning:
             if missing:
                 options = dataclasses.replace(options, stages=None)
                 note = f"--stages names {', '.join(missing)}: the split is made anew"
-        situation = situation_of(peers, self._links)
+        offers, situation = self._correct(offers, situation_of(peers, self._links))
         made = explain(self._opened, offers, options, situation, former.settings)
         fresh = range(len(made.plan.stages))
         share = await share_of(self._coordinator, self._opened, made.plan, self._digests, None)
@@ -202,7 +291,7 @@ class Replanning:
         names = {info.name for info in infos}
         if not others <= names:
             return None
-        situation = situation_of(peers, self._links)
+        _, situation = self._correct((), situation_of(peers, self._links))
         found: list[Explained] = []
         for spare in infos:
             if spare.name in others or self._opened.engine not in spare.engines:
@@ -213,8 +302,9 @@ class Replanning:
                 ManualStage(device, stage.span.first, stage.span.end)
                 for device, stage in zip(devices, former.stages, strict=True)
             ]
-            offers = offers_of(
-                [info for info in infos if info.name in devices], self._opened.engine
+            offers, _ = self._correct(
+                offers_of([info for info in infos if info.name in devices], self._opened.engine),
+                situation,
             )
             with contextlib.suppress(NoPlanError, SplitError):
                 found.append(
@@ -232,45 +322,63 @@ class Replanning:
     def _costs(
         self, former: Plan, made: Explained, situation: Situation, fresh: Collection[int]
     ) -> tuple[StageCost, ...]:
-        """What the stages of a plan take, after ``former``. A device has the layers on its disk
-        that it had in memory; others it must fetch, unless it is on this machine."""
-        spans = {stage.device: stage.span for stage in former.stages}
-        settings = former.settings
-        row_bytes = self._opened.width * (4 if settings.activations is Activations.FLOAT32 else 2)
-        costs = []
-        before = situation.coordinator_id
-        for at, (stage, told) in enumerate(
-            zip(made.plan.stages, made.prediction.stages, strict=True)
-        ):
-            had = spans.get(stage.device)
-            common = 0
-            if had is not None:
-                common = min(had.end, stage.span.end) - max(had.first, stage.span.first)
-            missing = 1 - max(0, common) / len(stage.span)
-            peer = self._coordinator.peers.get(stage.device)
-            here = peer is not None and peer.session.local
-            links = situation.links
-            ours = situation.coordinator_id
-            fetch = links.between(ours, stage.device_id) if ours else links.default
-            into = links.between(before, stage.device_id) if before else links.default
-            before = stage.device_id
-            costs.append(
-                StageCost(
-                    fresh=at in fresh,
-                    load_bytes=stage.memory_bytes,
-                    fetch_bytes=0 if here else round(stage.memory_bytes * missing),
-                    fetch_bytes_per_s=fetch.bytes_per_s,
-                    decode_s=told.decode_s,
-                    chunk_s=told.chunk_s,
-                    row_s=row_bytes / into.bytes_per_s if at else 0.0,
-                )
-            )
-        return tuple(costs)
+        return stage_costs(
+            self._coordinator,
+            self._opened,
+            former,
+            made.plan,
+            made.prediction,
+            situation,
+            fresh,
+        )
 
-    async def _asked(self, peer: Peer) -> Peer | None:
-        """The device with what it says of itself now; None where it says nothing."""
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_S):
-                return await self._coordinator.devices.ask(peer)
-        except (EdgeError, TimeoutError):
-            return None
+
+def stage_costs(
+    coordinator: Coordinator,
+    opened: OpenedModel,
+    former: Plan,
+    plan: Plan,
+    prediction: Prediction,
+    situation: Situation,
+    fresh: Collection[int],
+) -> tuple[StageCost, ...]:
+    """What the stages of a plan take, after ``former``; the ``fresh`` ones are to be loaded. A
+    device has the layers on its disk that it had in memory; others it must fetch, unless it is on
+    this machine."""
+    spans = {stage.device: stage.span for stage in former.stages}
+    row_bytes = opened.width * (4 if plan.settings.activations is Activations.FLOAT32 else 2)
+    links, ours = situation.links, situation.coordinator_id
+    costs = []
+    before = ours
+    for at, (stage, told) in enumerate(zip(plan.stages, prediction.stages, strict=True)):
+        had = spans.get(stage.device)
+        common = 0
+        if had is not None:
+            common = min(had.end, stage.span.end) - max(had.first, stage.span.first)
+        missing = 1 - max(0, common) / len(stage.span)
+        peer = coordinator.peers.get(stage.device)
+        here = peer is not None and peer.session.local
+        fetch = links.between(ours, stage.device_id) if ours else links.default
+        into = links.between(before, stage.device_id) if before else links.default
+        before = stage.device_id
+        costs.append(
+            StageCost(
+                fresh=at in fresh,
+                load_bytes=stage.memory_bytes,
+                fetch_bytes=0 if here else round(stage.memory_bytes * missing),
+                fetch_bytes_per_s=fetch.bytes_per_s,
+                decode_s=told.decode_s,
+                chunk_s=told.chunk_s,
+                row_s=row_bytes / into.bytes_per_s if at else 0.0,
+            )
+        )
+    return tuple(costs)
+
+
+async def asked(coordinator: Coordinator, peer: Peer) -> Peer | None:
+    """The device with what it says of itself now; None where it says nothing."""
+    try:
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            return await coordinator.devices.ask(peer)
+    except (EdgeError, TimeoutError):
+        return None

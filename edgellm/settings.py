@@ -6,12 +6,14 @@ of its options, and a child process what its parent left it there; nothing else 
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edgellm.errors import UsageError
 
@@ -19,6 +21,17 @@ LOOPBACK = "127.0.0.1"
 ALL_NETWORKS = "::"
 """To listen on: every address of this machine, of both IP versions."""
 _NAME = re.compile(r"[^\s:,]{1,64}")
+
+
+class OnBattery(enum.StrEnum):
+    """What a device does for others while its battery is all the power that it has."""
+
+    USE = "use"
+    """As much as on mains."""
+    CAP = "cap"
+    """Half: it offers half its memory."""
+    EXCLUDE = "exclude"
+    """Nothing; what runs on it goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,7 @@ class NodeSettings:
     min_battery: int = 0
     """Percent of its battery below which this device leaves while it has no other power; 0: it
     stays until the end."""
+    on_battery: OnBattery = OnBattery.USE
     secure: bool = True
     """False leaves out encryption and pairing, on this machine alone: to measure what they cost."""
 
@@ -108,3 +122,56 @@ def default_home() -> Path:
 def figures_folder() -> Path:
     """One for all nodes of a user: what was measured is the machine's, not the node's."""
     return default_home() / "figures"
+
+
+def models_folder() -> Path:
+    """Where a user keeps model files to be named by their short names."""
+    return default_home() / "models"
+
+
+def streamed_folder() -> Path:
+    """What is known of models that are used without a copy of them here."""
+    return default_home() / "hub"
+
+
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """Where models come from, as the environment says in Hugging Face's own variables."""
+
+    cache: Path
+    """The Hugging Face cache, which other programs use too."""
+    endpoint: str = HUB
+    """Scheme and host, perhaps with a path; no slash at its end."""
+    offline: bool = False
+    """Whether no network may be used."""
+    token: str | None = field(default=None, repr=False)
+    """Of an account, for private models. It is shown to nobody but the hub."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise UsageError(
+                f"HF_ENDPOINT is {self.endpoint[:80]!r}, which is no address of a hub.",
+                hint=f"It looks like {HUB}.",
+            )
+
+
+def hub_settings() -> HubSettings:
+    """HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. Raises UsageError."""
+
+    def told(*names: str) -> str:
+        return next((os.environ[name].strip() for name in names if os.environ.get(name)), "")
+
+    def folder(text: str) -> Path:
+        return Path(os.path.expandvars(text)).expanduser()
+
+    base = folder(told("XDG_CACHE_HOME") or "~/.cache")
+    home = folder(told("HF_HOME") or str(base / "huggingface"))
+    cache = folder(told("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or str(home / "hub"))
+    offline = told("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in ("1", "ON", "YES", "TRUE")
+    endpoint = (told("HF_ENDPOINT") or HUB).rstrip("/")
+    token = told("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return HubSettings(cache, endpoint, offline, token or None)

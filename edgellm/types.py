@@ -47,6 +47,16 @@ class Weights(enum.StrEnum):
     little slower."""
 
 
+class RopeScaling(enum.StrEnum):
+    """How rotary positions are stretched, for a context beyond the one that was trained."""
+
+    MODEL = "model"
+    """As the model's file says."""
+    NONE = "none"
+    LINEAR = "linear"
+    YARN = "yarn"
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -54,8 +64,28 @@ class FinishReason(enum.StrEnum):
     DEADLINE = "deadline"
 
 
+class Reuse(enum.IntEnum):
+    """What a stage can do with the KV of one sequence for the sake of another; each of these can do
+    what the ones before it can. A pipeline can do what its least able stage can."""
+
+    END = 0
+    """Go on where the other one ended: states of recurrent layers are known at their end only."""
+    CUT = 1
+    """Forget the other one's end, and go on from any position before that."""
+    COPY = 2
+    """Take a copy, up to any position; the other one stays."""
+    SHARE = 3
+    """The same without a copy: cells that both have are there once."""
+
+
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """The KV cache types that llama.cpp knows, by their ggml names."""
+
+MAX_ADAPTERS = 8
+MAX_EXACT_ADAPTERS = 2
+"""llama.cpp adds up more of them in an order that depends on where they happen to lie in memory."""
+MAX_ADAPTER_SCALE = 1e4
+_DIGEST_DIGITS = 64
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,6 +117,8 @@ class EngineSettings:
     """KV cells per sequence, tokens."""
     sequences: int = 1
     """Sequences that may be resident at once."""
+    cells: int = 0
+    """KV cells that all sequences share, tokens; 0: ``context`` for each of them."""
     chunk: int = 128
     """Largest number of tokens in one decode call (llama.cpp's n_batch and n_ubatch)."""
     prompt_chunk: int = 0
@@ -101,8 +133,23 @@ class EngineSettings:
     pin: tuple[int, ...] = ()
     """Processors to pin the stage process to; empty leaves it to the system."""
     weights: Weights = Weights.AUTO
+    rope_scaling: RopeScaling = RopeScaling.MODEL
+    rope_scale: float = 0.0
+    """How often the trained context fits into the stretched one; 0: as the model says."""
+    rope_freq_base: float = 0.0
+    """Base frequency of the rotary positions; 0: the model's."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """LoRA adapters: the SHA-256 of each one's file, and its scale."""
+    spill_bytes: int = 0
+    """KV of ended sequences that a stage may put on its device's disk."""
 
     def __post_init__(self) -> None:
+        self._check_rope()
+        self._check_adapters()
+        if self.cells and self.mode is Mode.REFERENCE:
+            raise UsageError(
+                "in reference mode no two answers share KV cells.", hint="Leave --kv-cells out."
+            )
         if self.kv_type not in KV_TYPES:
             raise UsageError(
                 f"KV type {self.kv_type!r} is unknown.", hint=f"Use one of {', '.join(KV_TYPES)}."
@@ -110,13 +157,62 @@ class EngineSettings:
         for name, low, high in (
             ("context", 8, 1 << 24),
             ("sequences", 1, 256),
+            ("cells", self.context if self.cells else 0, 1 << 30),
             ("chunk", 1, 4096),
             ("prompt_chunk", 0, self.chunk),
             ("threads", 0, 512),
+            ("spill_bytes", 0, 1 << 50),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"{name} {value} is outside {low} to {high}.")
+
+    @property
+    def total_cells(self) -> int:
+        """KV cells of all sequences together."""
+        return self.cells_of_all(self.context)
+
+    def cells_of_all(self, each: int) -> int:
+        """The same, where a single one may have ``each``."""
+        together = each * self.sequences
+        return min(together, max(each, self.cells)) if self.cells else together
+
+    @property
+    def stretched(self) -> bool:
+        """Whether rotary positions are otherwise than the model says."""
+        usual = (RopeScaling.MODEL, 0.0, 0.0)
+        return (self.rope_scaling, self.rope_scale, self.rope_freq_base) != usual
+
+    def _check_rope(self) -> None:
+        for name, low, high in (("rope_scale", 1e-2, 1e4), ("rope_freq_base", 1.0, 1e12)):
+            value = getattr(self, name)
+            if value != 0.0 and not low <= value <= high:  # also refuses NaN
+                raise UsageError(f"{name} {value} is outside {low:g} to {high:g}.")
+        if self.rope_scaling is RopeScaling.NONE and self.rope_scale not in (0.0, 1.0):
+            raise UsageError(f"rope_scale {self.rope_scale:g} does nothing without scaling.")
+
+    def _check_adapters(self) -> None:
+        count = len(self.adapters)
+        if count > MAX_ADAPTERS:
+            raise UsageError(f"{count} adapters; the limit is {MAX_ADAPTERS}.")
+        if self.mode is Mode.REFERENCE and count > MAX_EXACT_ADAPTERS:
+            raise UsageError(
+                f"{count} adapters; in reference mode the limit is {MAX_EXACT_ADAPTERS}, because"
+                " llama.cpp adds more of them up in no certain order.",
+                hint="Leave --exact out, or merge adapters.",
+            )
+        for digest, scale in self.adapters:
+            if len(digest) != _DIGEST_DIGITS or digest.strip("0123456789abcdef"):
+                raise UsageError(f"{digest[:80]!r} is no digest of an adapter.")
+            if not abs(scale) <= MAX_ADAPTER_SCALE:
+                raise UsageError(f"an adapter's scale {scale} is beyond {MAX_ADAPTER_SCALE:g}.")
+        if len({digest for digest, _ in self.adapters}) < len(self.adapters):
+            raise UsageError("an adapter is named twice.", hint="Add its scales up instead.")
+
+
+MAX_GRAMMAR_BYTES = 24 << 10
+"""Of a grammar as UTF-8: it travels in one control frame with the other settings."""
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +229,12 @@ class SamplerSettings:
     penalty_last_n: int = 64
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    grammar: str = ""
+    """What may be written at all, in llama.cpp's notation, its rule ``root``; empty: anything."""
+    grammar_from: int = 0
+    """Position of the first token that the grammar is about: the length of the prompt."""
+    logprobs: int = -1
+    """Each token comes with its log-probability and those of this many likeliest ones; -1: none."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -145,16 +247,32 @@ class SamplerSettings:
             ("frequency_penalty", -100.0, 100.0),
             ("penalty_last_n", 0, 4096),
             ("seed", 0, (1 << 53) - 1),
+            ("grammar_from", 0, (1 << 31) - 1),
+            ("logprobs", -1, MAX_LOGPROBS),
         ):
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise UsageError(f"sampler setting {name} {value} is outside {low} to {high}.")
         if len(self.logit_bias) > 1024:
             raise UsageError("logit_bias has more than 1024 entries.")
+        if len(self.grammar.encode("utf-8", "replace")) > MAX_GRAMMAR_BYTES:
+            raise UsageError(f"the grammar has more than {MAX_GRAMMAR_BYTES} bytes.")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """Natural logarithms of what the model itself gives to tokens, before any sampling setting."""
+
+    chosen: float
+    """Of the token that was taken."""
+    tokens: tuple[int, ...]
+    """The likeliest ones at its place, most likely first."""
+    logprobs: tuple[float, ...]
+    """Theirs."""
 
 
 @dataclass(frozen=True, slots=True)

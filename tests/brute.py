@@ -14,17 +14,20 @@ import numpy as np
 
 from edgellm.bench.simulator import Played
 from edgellm.planner import (
+    Attention,
     Constraints,
     DeviceOffer,
     DeviceSpeed,
+    KindWork,
     Link,
     Links,
     Objective,
+    Rates,
     Situation,
     Workload,
     parse_objective,
 )
-from edgellm.planner.cost import HANDLING_S
+from edgellm.planner.speeds import HANDLING_S
 from edgellm.types import DeviceId, EngineSettings, LayerSpan
 
 SETTINGS = EngineSettings()
@@ -51,6 +54,19 @@ class Work:
     head_bytes: int
     scan_bytes: int
     scan_flops: int
+    by_kind: tuple[KindWork, ...] = ()
+    head_kind: str = ""
+
+
+@dataclass(frozen=True)
+class OfKind:
+    kind: str
+    nbytes: int
+    elements: int
+
+
+KINDS = ("q4_K", "iq4_nl")
+"""The second is known by what is most like it, at best."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +94,15 @@ class OddCard:
     def stage_work(self, span: LayerSpan, settings: EngineSettings, cached: int) -> Work:
         read = sum(self.active[span.first : span.end])
         head = self.head if span.end == self.n_layers else 0
-        scan = sum(1 + layer % 3 for layer in range(span.first, span.end)) * cached * 700
-        return Work(read, 4 * read, head, scan, 6 * scan)
+        layers = range(span.first, span.end)
+        scan = sum(1 + layer % 3 for layer in layers) * cached * 700
+        told = {
+            kind: sum(self.active[layer] for layer in layers if layer % 3 == rest)
+            for rest, kind in enumerate(KINDS)
+        }
+        # A third of the layers has types that nobody knows.
+        by_kind = tuple(OfKind(kind, amount, amount) for kind, amount in told.items() if amount)
+        return Work(read, 4 * read, head, scan, 6 * scan, by_kind, KINDS[1])
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,27 @@ class Instance:
     objective: Objective
     constraints: Constraints
     min_stages: int
+
+
+def random_speed(chance: random.Random) -> DeviceSpeed:
+    """Of a device that measured types and attention by themselves, or did not."""
+
+    def rates() -> Rates:
+        return Rates(10 ** chance.uniform(9, 11), 10 ** chance.uniform(9.5, 12))
+
+    usual, overhead = rates(), chance.uniform(0, 3e-3)
+    known = chance.random() < 0.5
+    return DeviceSpeed(
+        usual.decode_bytes_per_s,
+        usual.prefill_flops_per_s,
+        overhead,
+        kinds=tuple(
+            (kind, rates()) for kind in ("q4_K", "q4_0") if known and chance.random() < 0.8
+        ),
+        attention=Attention(10 ** chance.uniform(9, 11), 10 ** chance.uniform(9, 11))
+        if known
+        else None,
+    )
 
 
 def random_instance(chance: random.Random, devices: int = 5, layers: int = 12) -> Instance:
@@ -120,9 +164,7 @@ def random_instance(chance: random.Random, devices: int = 5, layers: int = 12) -
             f"d{at}",
             DeviceId(f"{at:064x}"),
             int(sum(sizes) * chance.uniform(0.2, 1.1)) + base,
-            DeviceSpeed(
-                10 ** chance.uniform(9, 11), 10 ** chance.uniform(9.5, 12), chance.uniform(0, 3e-3)
-            ),
+            random_speed(chance),
         )
         for at in range(count)
     )
@@ -178,6 +220,24 @@ def best_value(one: Instance) -> float | None:
     return None if np.isinf(best) else float(best)
 
 
+def rates_of(speed: DeviceSpeed, kind: str) -> Rates:
+    known = dict(speed.kinds)
+    like = {"iq4_nl": "q4_0"}.get(kind, kind)
+    return known.get(like) or Rates(speed.decode_bytes_per_s, speed.prefill_flops_per_s)
+
+
+def weights_s(work: Work, speed: DeviceSpeed) -> tuple[float, float]:
+    """Reading all weights, and computing with them for one token."""
+    each = [(one.nbytes, one.elements, rates_of(speed, one.kind)) for one in work.by_kind]
+    nbytes = work.decode_bytes - sum(part for part, _, _ in each)
+    flops = work.prefill_flops - 2 * sum(part for _, part, _ in each)
+    read = nbytes / speed.decode_bytes_per_s
+    computed = flops / speed.prefill_flops_per_s
+    read += sum(part / rates.decode_bytes_per_s for part, _, rates in each)
+    computed += sum(2 * part / rates.prefill_flops_per_s for _, part, rates in each)
+    return read, computed
+
+
 class _Tables:
     """Seconds of every span on every device."""
 
@@ -200,17 +260,22 @@ class _Tables:
             for at, offer in enumerate(one.offers):
                 speed = offer.speed
                 assert speed is not None
-                self.head[at] = card.head / speed.decode_bytes_per_s
+                self.head[at] = card.head / rates_of(speed, KINDS[1]).decode_bytes_per_s
                 if need > offer.memory_bytes:
                     continue
                 fixed = speed.step_overhead_s + HANDLING_S
-                flops = (prompt.prefill_flops + prompt.scan_flops) * size
-                self.chunk[at, first, end] = fixed + max(
-                    flops / speed.prefill_flops_per_s,
-                    prompt.decode_bytes / speed.decode_bytes_per_s,
-                )
-                read = token.decode_bytes + token.scan_bytes + token.head_bytes
-                self.decode[at, first, end] = fixed + read / speed.decode_bytes_per_s
+                read_s, flops_s = weights_s(prompt, speed)
+                attended, scanned = speed.prefill_flops_per_s, 0.0
+                if speed.attention is not None:
+                    attended = speed.attention.prefill_flops_per_s
+                    scanned = token.scan_flops / speed.attention.decode_flops_per_s
+                flops_s += prompt.scan_flops / attended
+                self.chunk[at, first, end] = fixed + max(flops_s * size, read_s)
+                # Cells take the time of their bytes or of their operations, layer by layer; here
+                # the two are proportional, so the span as a whole tells which.
+                scan_s = max(token.scan_bytes / speed.decode_bytes_per_s, scanned)
+                head = self.head[at] if end == card.n_layers else 0.0
+                self.decode[at, first, end] = fixed + read_s + scan_s + head
 
     def least(self, order: tuple[int, ...], firsts: np.ndarray, ends: np.ndarray) -> float:
         """The least value of any cuts for one order of devices."""

@@ -99,13 +99,20 @@ class Witness:
         path = os.fsdecode(what)
         # A path with a NUL opens nothing, but should not have come so far.
         inside = "\0" not in path and Path(os.path.realpath(path)).is_relative_to(self._root)
-        if not inside and not _is_code(path, arguments):
+        if not inside and not _is_code(path, arguments) and not _is_limit(path):
             self.seen.append((event, path))
 
 
 def _is_code(path: str, arguments: tuple[object, ...]) -> bool:
     """Whether Python reads a module: parts of ours are imported when they are needed."""
     return path.endswith((".py", ".pyc")) and arguments[1:2] in (("r",), ("rb",), (None,))
+
+
+def _is_limit(path: str) -> bool:
+    """Whether it says what this process may use: a node looks when it counts threads and memory."""
+    return path in ("/proc/self/cgroup", "/proc/self/mounts") or (
+        path.startswith("/sys/fs/cgroup/") and ".." not in path
+    )
 
 
 # --- what takes names -----------------------------------------------------------------

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edgellm.client import Cluster
 from edgellm.engine.host import InlineStage, StageHost
@@ -48,9 +49,18 @@ class PacedStage(InlineStage):
 
     @property
     def resident(self) -> int:
-        """Sequences that hold a slot."""
+        """Sequences that are open, or have their slot from before."""
+        return len(self._sequences) - self.kept
+
+    @property
+    def kept(self) -> int:
+        """Sequences that have ended and hold their slot for others."""
+        return sum(entry.kept for entry in self._sequences.values())
+
+    @property
+    def _sequences(self) -> dict[int, Any]:
         runner = self._server._runner
-        return 0 if runner is None else len(runner._sequences)
+        return {} if runner is None else runner._sequences
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         data = b"".join(buffers)
@@ -89,8 +99,13 @@ class InlineCluster:
 
     @property
     def resident(self) -> int:
-        """Sequences that hold a slot on any device."""
+        """Sequences that hold a slot on any device, without those that have ended."""
         return sum(stage.resident for stage in self.all_stages if not stage.ended)
+
+    @property
+    def kept(self) -> int:
+        """Those that have ended."""
+        return sum(stage.kept for stage in self.all_stages if not stage.ended)
 
     @property
     def hosted(self) -> int:

@@ -8,7 +8,7 @@ settings of reference mode (flash attention on, split KV cache, weights loaded w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,8 +63,18 @@ class _Runner:
     """A loaded model with one context of one sequence."""
 
     def __init__(
-        self, path: Path, *, chunk: int, context: int, threads: int, evaluate: Any = None
+        self,
+        path: Path,
+        *,
+        chunk: int,
+        context: int,
+        threads: int,
+        evaluate: Any = None,
+        fields: Mapping[str, Any] | None = None,
+        adapters: Sequence[tuple[Path, float]] = (),
     ) -> None:
+        """``fields`` are set in llama.cpp's context parameters; ``adapters`` are LoRA files with
+        their scales."""
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         model_parameters = llama_cpp.llama_model_default_params()
         set_fields(model_parameters, n_gpu_layers=0, load_mode=_LOAD_MODE_NONE)
@@ -73,6 +83,7 @@ class _Runner:
         )
         if not self.model:
             raise RuntimeError(f"llama.cpp refuses {path}")
+        loaded = [self._adapter(adapter) for adapter, _ in adapters]
         parameters = llama_cpp.llama_context_default_params()
         set_fields(
             parameters,
@@ -88,13 +99,24 @@ class _Runner:
         )
         if evaluate is not None:
             set_fields(parameters, cb_eval=evaluate)
+        set_fields(parameters, **(fields or {}))
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context for {path}")
+        if loaded:
+            handles = (ctypes.POINTER(ctypes.c_void_p) * len(loaded))(*loaded)
+            scales = (ctypes.c_float * len(loaded))(*(scale for _, scale in adapters))
+            llama_cpp.llama_set_adapters_lora(self.context, handles, len(loaded), scales)
         self.width = int(llama_cpp.llama_model_n_embd(self.model))
         vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(vocabulary))
         self.chunk = chunk
+
+    def _adapter(self, path: Path) -> Any:
+        adapter = llama_cpp.llama_adapter_lora_init(self.model, str(path).encode("utf-8"))
+        if not adapter:
+            raise RuntimeError(f"llama.cpp refuses {path}")
+        return adapter
 
     def reset(self) -> None:
         """Forget every token."""
@@ -132,9 +154,18 @@ class WholeModel(_Runner):
     """The undisturbed whole model: what every split run is compared with, bit for bit."""
 
     def __init__(
-        self, path: Path, *, chunk: int = 128, context: int = 512, threads: int = 1
+        self,
+        path: Path,
+        *,
+        chunk: int = 128,
+        context: int = 512,
+        threads: int = 1,
+        fields: Mapping[str, Any] | None = None,
+        adapters: Sequence[tuple[Path, float]] = (),
     ) -> None:
-        super().__init__(path, chunk=chunk, context=context, threads=threads)
+        super().__init__(
+            path, chunk=chunk, context=context, threads=threads, fields=fields, adapters=adapters
+        )
         self._batch = llama_cpp.llama_batch_init(chunk, 0, 1)
 
     def decode(self, tokens: Sequence[int], position: int, *, every: bool = False) -> FloatRows:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from edgellm.engine.base import Float32, Int32, StageConfig, StageEngine
-from edgellm.engine.runner import Outcome, StageRunner
+from edgellm.engine.outcome import Outcome
+from edgellm.engine.runner import StageRunner
 from edgellm.engine.stage_main import ENGINES
 from edgellm.engine.stub import VOCABULARY as STUB_VOCABULARY
 from edgellm.engine.stub import WIDTH as STUB_WIDTH
@@ -108,6 +109,7 @@ def stage_config(
         embedding=str(write_embedding(model, folder / f"{kind}-embd.gguf")) if shard.first else "",
         residual=shard.residual_node,
         input_node=shard.input_node or "",
+        fed_tokens=shard.fed_tokens,
         embedding_scale=embedding_scale(model, architecture_rule(model.architecture)),
     )
 

@@ -33,7 +33,7 @@ DEVIATION = 0.3
 
 
 @dataclass
-class _Build:
+class Build:
     """One model in the making: the writer, a random source, and shorthands for both."""
 
     writer: gguf.GGUFWriter
@@ -92,7 +92,7 @@ class _Build:
             self.norm(f"{p}.{name}.weight", WIDTH)
 
 
-def _vocabulary(writer: gguf.GGUFWriter) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter) -> None:
     """SentencePiece with all bytes, the space and the small letters: any text has tokens."""
     pieces: list[tuple[str, float, int]] = [
         ("<unk>", 0.0, gguf.TokenType.UNKNOWN),
@@ -115,7 +115,7 @@ def _vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(True)
 
 
-def _common(b: _Build, *, head: bool = True) -> None:
+def common(b: Build, *, head: bool = True) -> None:
     w = b.writer
     w.add_name("tiny model")  # not the architecture: llama.cpp reads meaning into "phi3"
     w.add_context_length(CONTEXT)
@@ -127,14 +127,14 @@ def _common(b: _Build, *, head: bool = True) -> None:
     w.add_key_length(b.head_size)
     w.add_value_length(b.head_size)
     w.add_vocab_size(VOCABULARY)
-    _vocabulary(w)
+    write_vocabulary(w)
     b.normal("token_embd.weight", VOCABULARY, WIDTH)
     if head:
         b.normal("output.weight", VOCABULARY, WIDTH)
 
 
-def _llama(b: _Build) -> None:
-    _common(b)
+def _llama(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_rope_dimension_count(b.head_size)
     b.norm("output_norm.weight", WIDTH)
@@ -144,9 +144,9 @@ def _llama(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _llama_tied(b: _Build) -> None:
+def _llama_tied(b: Build) -> None:
     """Tied head, and rotary factors, which llama.cpp keeps once a model."""
-    _common(b, head=False)
+    common(b, head=False)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_rope_dimension_count(b.head_size)
     factors = np.linspace(1.0, 4.0, b.head_size // 2, dtype=np.float32)
@@ -158,8 +158,8 @@ def _llama_tied(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _llama_moe(b: _Build) -> None:
-    _common(b)
+def _llama_moe(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_rope_dimension_count(b.head_size)
     b.writer.add_expert_count(EXPERTS)
@@ -171,8 +171,8 @@ def _llama_moe(b: _Build) -> None:
         b.experts(f"blk.{i}", FEED_FORWARD)
 
 
-def _qwen2(b: _Build) -> None:
-    _common(b)
+def _qwen2(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.norm("output_norm.weight", WIDTH)
     for i in range(b.layers):
@@ -181,8 +181,8 @@ def _qwen2(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _qwen3(b: _Build) -> None:
-    _common(b, head=False)
+def _qwen3(b: Build) -> None:
+    common(b, head=False)
     b.writer.add_head_count_kv(KV_HEADS)
     b.norm("output_norm.weight", WIDTH)
     for i in range(b.layers):
@@ -191,8 +191,8 @@ def _qwen3(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _qwen3moe(b: _Build) -> None:
-    _common(b)
+def _qwen3moe(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_expert_count(EXPERTS)
     b.writer.add_expert_used_count(EXPERTS_USED)
@@ -204,8 +204,8 @@ def _qwen3moe(b: _Build) -> None:
         b.experts(f"blk.{i}", EXPERT_FEED_FORWARD)
 
 
-def _gemma(b: _Build, *, qk_norm: bool, window: int) -> None:
-    _common(b, head=False)
+def _gemma(b: Build, *, qk_norm: bool, window: int) -> None:
+    common(b, head=False)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_sliding_window(window)
     b.norm("output_norm.weight", WIDTH)
@@ -216,19 +216,19 @@ def _gemma(b: _Build, *, qk_norm: bool, window: int) -> None:
         b.dense(p)
 
 
-def _gemma2(b: _Build) -> None:
+def _gemma2(b: Build) -> None:
     _gemma(b, qk_norm=False, window=8)
     b.number("attn_logit_softcapping", 50.0)
     b.number("final_logit_softcapping", 30.0)
 
 
-def _gemma3(b: _Build) -> None:
+def _gemma3(b: Build) -> None:
     _gemma(b, qk_norm=True, window=8)
     b.number("rope.freq_base", 1_000_000.0)
 
 
-def _phi3(b: _Build) -> None:
-    _common(b)
+def _phi3(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(HEADS)
     b.writer.add_rope_dimension_count(b.head_size)
     b.writer.add_rope_scaling_orig_ctx_len(CONTEXT)
@@ -245,9 +245,9 @@ def _phi3(b: _Build) -> None:
         b.normal(f"{p}.ffn_down.weight", WIDTH, FEED_FORWARD)
 
 
-def _lfm2(b: _Build) -> None:
+def _lfm2(b: Build) -> None:
     """Short convolutions and attention: layers 1, 3 and 5 of every six attend."""
-    _common(b, head=False)
+    common(b, head=False)
     attends = [i % 2 == 1 for i in range(b.layers)]
     b.writer.add_head_count_kv([KV_HEADS if flag else 0 for flag in attends])
     b.integer("shortconv.l_cache", 3)
@@ -264,8 +264,8 @@ def _lfm2(b: _Build) -> None:
             b.normal(f"{p}.shortconv.out_proj.weight", WIDTH, WIDTH)
 
 
-def _gemma1(b: _Build) -> None:
-    _common(b, head=False)
+def _gemma1(b: Build) -> None:
+    common(b, head=False)
     b.writer.add_head_count_kv(KV_HEADS)
     b.norm("output_norm.weight", WIDTH)
     for i in range(b.layers):
@@ -274,7 +274,7 @@ def _gemma1(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _granite(b: _Build) -> None:
+def _granite(b: Build) -> None:
     """A scale in front of everything; llama.cpp takes each from the metadata."""
     _llama(b)
     b.number("embedding_scale", 3.0)
@@ -283,8 +283,8 @@ def _granite(b: _Build) -> None:
     b.number("attention.scale", 0.2)
 
 
-def _olmo2(b: _Build) -> None:
-    _common(b)
+def _olmo2(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_sliding_window(8)
     b.norm("output_norm.weight", WIDTH)
@@ -297,8 +297,8 @@ def _olmo2(b: _Build) -> None:
         b.dense(p)
 
 
-def _cohere2(b: _Build) -> None:
-    _common(b, head=False)
+def _cohere2(b: Build) -> None:
+    common(b, head=False)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_sliding_window(8)
     b.writer.add_layer_norm_eps(1e-5)
@@ -310,8 +310,8 @@ def _cohere2(b: _Build) -> None:
         b.dense(f"blk.{i}")
 
 
-def _gpt_oss(b: _Build) -> None:
-    _common(b)
+def _gpt_oss(b: Build) -> None:
+    common(b)
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_sliding_window(8)
     b.writer.add_rope_dimension_count(b.head_size)
@@ -332,9 +332,9 @@ def _gpt_oss(b: _Build) -> None:
         b.normal(f"{p}.ffn_down_exps.bias", EXPERTS, WIDTH)
 
 
-def _mamba(b: _Build) -> None:
+def _mamba(b: Build) -> None:
     """No attention at all: every layer carries a recurrent state."""
-    _common(b)
+    common(b)
     inner, kernel, state, rank = 2 * WIDTH, 4, 16, 8
     for suffix, value in (
         ("ssm.conv_kernel", kernel),
@@ -358,9 +358,9 @@ def _mamba(b: _Build) -> None:
         b.normal(f"{p}.ssm_out.weight", WIDTH, inner)
 
 
-def _qwen35(b: _Build) -> None:
+def _qwen35(b: Build) -> None:
     """Gated delta nets, every second layer attention, and four rotary sections (M-RoPE)."""
-    _common(b)
+    common(b)
     kernel, state, value_heads, key_heads = 4, 32, 4, 2
     b.writer.add_head_count_kv(KV_HEADS)
     b.writer.add_array(f"{b.writer.arch}.rope.dimension_sections", [4, 6, 6, 0])
@@ -405,7 +405,7 @@ class TinyModel:
     name: str
     architecture: str
     layers: int
-    build: Callable[[_Build], None]
+    build: Callable[[Build], None]
     head_size: int = HEAD_SIZE
 
 
@@ -441,12 +441,16 @@ def write_tiny_model(name: str, directory: Path, *, layers: int = 0) -> Path:
 
     ``layers`` is for another number of layers than the usual one.
     """
-    model = TINY_MODELS[name]
+    return write_recipe(TINY_MODELS[name], directory, layers=layers)
+
+
+def write_recipe(model: TinyModel, directory: Path, *, layers: int = 0) -> Path:
+    """The same for a recipe that is not one of ``TINY_MODELS``."""
     layers = layers or model.layers
-    path = directory / f"{name}-{layers}.gguf"
+    path = directory / f"{model.name}-{layers}.gguf"
     writer = gguf.GGUFWriter(path, model.architecture)
-    random = np.random.default_rng(zlib.crc32(name.encode("utf-8")))
-    model.build(_Build(writer, random, layers, model.head_size))
+    random = np.random.default_rng(zlib.crc32(model.name.encode("utf-8")))
+    model.build(Build(writer, random, layers, model.head_size))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -137,7 +137,8 @@ async def plain_run(yardstick: ChildCaller, prompt: Sequence[int], count: int) -
 async def our_run(model: LoadedModel, prompt: Sequence[int], count: int) -> Completion:
     """The same over stages."""
     sampler = SamplerSettings(temperature=0.0)
-    options = GenerateOptions(max_tokens=count, sampler=sampler, ignore_eos=True)
+    # Every run computes all of its prompt, which is the same each time.
+    options = GenerateOptions(max_tokens=count, sampler=sampler, ignore_eos=True, reuse=False)
     return await model.complete(prompt, options)
 
 
@@ -163,13 +164,14 @@ async def measure_case(
     done: list[Pair] = []
     for number in range(pairs):
         seconds, answer = await in_turn(number, theirs, ours)
-        done.append(_pair(case, seconds, answer))
+        done.append(pair_of(case, seconds, answer))
         ratio = Result(case, (done[-1],)).ratio
         tell(f"{case.name}: pair {number + 1} of {pairs}, ratio {ratio:.3f}")
     return Result(case, tuple(done))
 
 
-def _pair(case: Case, yardstick_s: float, ours: Completion) -> Pair:
+def pair_of(case: Case, yardstick_s: float, ours: Completion) -> Pair:
+    """A run of ours beside one of the yardstick."""
     figures = ours.figures
     stages = range(len(ours.plan.stages))
     returned = figures.after.returned_bytes - figures.before.returned_bytes

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgellm.bench.traffic import Traffic, connections_to, traffic
 from edgellm.engine.bindings import llama, set_fields
@@ -50,18 +51,19 @@ class PlainModel:
         self._batch = lib.llama_batch_init(BATCH, 0, 1)
         self._context: Any = None
 
-    def open(self, context: int, threads: int, chunk: int) -> None:
-        """Make a context of ``context`` KV cells that computes a prompt ``chunk`` tokens at once
-        (over several servers, chunks of one call are under way at the same time)."""
+    def open(self, context: int, threads: int, chunk: int, streams: int = 1) -> None:
+        """Make a context of ``context`` KV cells for each of ``streams`` texts, that computes a
+        prompt ``chunk`` tokens at once (over several servers, chunks of one call are under way at
+        the same time)."""
         if self._context:
             self._llama.llama_free(self._context)
         parameters = self._llama.llama_context_default_params()
         set_fields(
             parameters,
-            n_ctx=context,
+            n_ctx=context * streams,
             n_batch=BATCH,
             n_ubatch=chunk,
-            n_seq_max=1,
+            n_seq_max=streams,
             n_threads=threads,
             n_threads_batch=threads,
             flash_attn_type=1,
@@ -89,25 +91,65 @@ class PlainModel:
         moved = self.traffic().since(before)
         return {"ttft_s": first - began, **_per_token(ended - resumed, moved, count - 1)}
 
+    def run_streams(self, prompts: Sequence[Sequence[int]], count: int) -> Answer:
+        """Prefill each prompt, then ``count`` steps of one token of every stream in one call;
+        seconds a step."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        tokens = []
+        for stream, prompt in enumerate(prompts):
+            rows = [(token, at, stream, at + 1 == len(prompt)) for at, token in enumerate(prompt)]
+            self._decode_rows(rows)
+            tokens.append(self._best())
+        began = time.perf_counter()
+        for step in range(count):
+            ends = [len(prompt) + step for prompt in prompts]
+            self._decode_rows([(tokens[at], end, at, True) for at, end in enumerate(ends)])
+            tokens = [self._best(at) for at in range(len(tokens))]
+        return {"step_s": (time.perf_counter() - began) / count}
+
+    def logits(self, tokens: Sequence[int], position: int) -> NDArray[np.float32]:
+        """Decode the next ``tokens`` (one chunk); float32 [vocabulary] after the last of them."""
+        self._decode(tokens, position, last=True)
+        pointer = self._llama.llama_get_logits_ith(self._context, -1)
+        return np.array(np.ctypeslib.as_array(pointer, (self._vocabulary,)))
+
+    @property
+    def vocabulary(self) -> int:
+        return self._vocabulary
+
+    def close(self) -> None:
+        """Free the model and its context, for a process that goes on without them."""
+        self._llama.llama_batch_free(self._batch)
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
+
     def traffic(self) -> Traffic:
         """What went to the servers and came from them so far."""
         return traffic(self._connections)
 
     def _decode(self, tokens: Sequence[int], position: int, *, last: bool) -> None:
+        end = len(tokens) - 1
+        self._decode_rows(
+            [(token, position + at, 0, last and at == end) for at, token in enumerate(tokens)]
+        )
+
+    def _decode_rows(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
+        """Each a token, its position, its stream, and whether its logits are wanted."""
         batch = self._batch
-        batch.n_tokens = len(tokens)
-        for index, token in enumerate(tokens):
+        batch.n_tokens = len(rows)
+        for index, (token, position, stream, wanted) in enumerate(rows):
             batch.token[index] = token
-            batch.pos[index] = position + index
+            batch.pos[index] = position
             batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = 0
-            batch.logits[index] = int(last and index == len(tokens) - 1)
+            batch.seq_id[index][0] = stream
+            batch.logits[index] = int(wanted)
         status = self._llama.llama_decode(self._context, batch)
         if status != 0:
             raise StageError(f"llama_decode failed with status {status}.")
 
-    def _best(self) -> int:
-        pointer = self._llama.llama_get_logits_ith(self._context, -1)
+    def _best(self, row: int = -1) -> int:
+        """The likeliest token after a row of the last call."""
+        pointer = self._llama.llama_get_logits_ith(self._context, row)
         return int(np.argmax(np.ctypeslib.as_array(pointer, (self._vocabulary,))))
 
 
@@ -184,16 +226,21 @@ def main() -> None:
         return model
 
     def reopen(request: Mapping[str, Any]) -> Answer:
-        loaded().open(request["context"], request["threads"], request["chunk"])
+        streams = request.get("streams", 1)
+        loaded().open(request["context"], request["threads"], request["chunk"], streams)
         return {}
 
     def run(request: Mapping[str, Any]) -> Answer:
         return loaded().run(request["prompt"], request["count"])
 
+    def run_streams(request: Mapping[str, Any]) -> Answer:
+        return loaded().run_streams(request["prompts"], request["count"])
+
     def system(_request: Mapping[str, Any]) -> Answer:
         return {"system": llama().llama_print_system_info().decode()}
 
-    answer_calls(channel, {"load": load, "open": reopen, "run": run, "system": system})
+    calls = {"load": load, "open": reopen, "run": run, "streams": run_streams, "system": system}
+    answer_calls(channel, calls)
 
 
 if __name__ == "__main__":

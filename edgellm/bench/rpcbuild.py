@@ -33,6 +33,7 @@ PACKAGE = "llama-cpp-python"
 SOURCE = "vendor/llama.cpp"
 """Where the package's source archive holds llama.cpp's."""
 SERVER = "ggml-rpc-server"
+SERVING = "llama-server"
 TARGETS = (SERVER, "llama")
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -71,6 +72,11 @@ class RpcBuild:
         return self.folder / SERVER
 
     @property
+    def serving(self) -> Path:
+        """llama.cpp's own HTTP server, where it was built."""
+        return self.folder / SERVING
+
+    @property
     def environment(self) -> dict[str, str]:
         """Makes the bindings of a child process load these libraries."""
         return {"LLAMA_CPP_LIB_PATH": str(self.folder)}
@@ -81,37 +87,47 @@ class RpcBuild:
         return self.server.is_file() and len(libraries) > 1
 
 
-def given_build(folder: Path) -> RpcBuild:
-    """A build that somebody has made. Raises UsageError for a folder that holds none."""
+def given_build(folder: Path, *, serving: bool = False) -> RpcBuild:
+    """A build that somebody has made. Raises UsageError for a folder that holds none; where it must
+    be ``serving``, also for one without llama.cpp's own HTTP server."""
     for place in (folder, folder / "bin"):
-        if RpcBuild(place.resolve()).complete:
-            return RpcBuild(place.resolve())
+        build = RpcBuild(place.resolve())
+        if build.complete and serving and not build.serving.is_file():
+            raise UsageError(f"{place} holds no {SERVING}.", hint="Build that target as well.")
+        if build.complete:
+            return build
     raise UsageError(
         f"{folder} holds no llama.cpp with RPC: no {SERVER} beside shared libraries.",
         hint="Build llama.cpp with -DGGML_RPC=ON -DBUILD_SHARED_LIBS=ON, or leave the folder out.",
     )
 
 
-async def kept_build(tell: Tell) -> RpcBuild:
-    """The build of the installed engine's version, made if it is not there yet (minutes).
+async def kept_build(tell: Tell, *, serving: bool = False) -> RpcBuild:
+    """The build of the installed engine's version, made if it is not there yet (minutes);
+    ``serving`` with llama.cpp's own HTTP server, which is a build of its own.
 
     Raises UsageError where a tool is missing, DeviceError where a step fails.
     """
     version, flags = _engine_version(), os.environ.get("CMAKE_ARGS", "")
     marked = f"-{hashlib.sha256(flags.encode()).hexdigest()[:8]}" if flags else ""
-    kept = RpcBuild(bench_cache() / f"rpc-{version}{marked}")
-    if kept.complete:
-        return kept
+    name = f"rpc-{version}{marked}"
+    plain, more = (RpcBuild(bench_cache() / each) for each in (name, f"{name}-serving"))
+    if more.complete and more.serving.is_file():
+        return more
+    if plain.complete and not serving:
+        return plain
+    kept = more if serving else plain
     missing = [name for name, commands in NEEDED if not any(map(_tool, commands))]
     if missing:
         raise UsageError(
             f"building llama.cpp's RPC server needs {' and '.join(missing)}.",
             hint="For example: pip install cmake; sudo apt-get install build-essential.",
         )
-    tell(f"Building llama.cpp's RPC server, of version {PACKAGE} {version}: minutes, once.")
+    what = "RPC server and its HTTP server" if serving else "RPC server"
+    tell(f"Building llama.cpp's {what}, of version {PACKAGE} {version}: minutes, once.")
     kept.folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rpc-", dir=kept.folder.parent) as work:
-        made = await _build(Path(work), version, shlex.split(flags), tell)
+        made = await _build(Path(work), version, shlex.split(flags), tell, serving=serving)
         shutil.rmtree(kept.folder, ignore_errors=True)  # an incomplete one
         made.folder.rename(kept.folder)
     tell(f"Kept in {kept.folder}.")
@@ -133,20 +149,24 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=places)
 
 
-async def _build(work: Path, version: str, flags: Sequence[str], tell: Tell) -> RpcBuild:
+async def _build(
+    work: Path, version: str, flags: Sequence[str], tell: Tell, *, serving: bool
+) -> RpcBuild:
     await _run(
         [*PIP, "download", *DOWNLOAD.split(), "-d", str(work), f"{PACKAGE}=={version}"],
         Watch("downloading the source (about 75 MB)", tell),
     )
     source = await asyncio.to_thread(_unpack, work)
     cmake, folder = _tool("cmake") or "cmake", work / "build"
-    options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
+    chosen = OPTIONS | ({"LLAMA_BUILD_SERVER": "ON"} if serving else {})
+    targets = (*TARGETS, SERVING) if serving else TARGETS
+    options = [f"-D{name}={value}" for name, value in chosen.items()]
     await _run(
         [cmake, "-S", str(source), "-B", str(folder), *options, *flags], Watch("configuring", tell)
     )
     jobs = str(len(our_processors()))
     await _run(
-        [cmake, "--build", str(folder), "--parallel", jobs, "--target", *TARGETS],
+        [cmake, "--build", str(folder), "--parallel", jobs, "--target", *targets],
         Watch("compiling", tell),
     )
     made = RpcBuild(folder / "bin")

@@ -29,7 +29,7 @@ async def rpc_servers(
     async with contextlib.AsyncExitStack() as stack:
         addresses = []
         for device in devices:
-            port = _free_port()
+            port = free_port()
             child = await _start(build, device, port, cache)
             stack.push_async_callback(child.stop)
             await _listening(child, port, device)
@@ -70,7 +70,7 @@ async def _listening(child: Child, port: int, device: LocalDevice) -> None:
     raise DeviceError(f"its RPC server {child.exit.reason}.", device=device.name)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """llama.cpp's server cannot choose one itself. Another process may take it first: it will then
     say so, and end."""
     with socket.socket() as probe:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgellm.planner import DeviceOffer, ModelCard, Situation
-from edgellm.planner.cost import HANDLING_S
+from edgellm.planner import DeviceOffer, DeviceSpeed, ModelCard, Situation, StageWork
 from edgellm.types import Activations, EngineSettings, LayerSpan
 
 _ROW_SCALE_BYTES = 4
@@ -66,12 +65,12 @@ def play(card: ModelCard, settings: EngineSettings, split: Split, situation: Sit
             raise ValueError(f"device {offer.name} has not been measured")
         prompt = card.stage_work(span, settings, work.prompt_tokens // 2)
         later = card.stage_work(span, settings, work.prompt_tokens + work.completion_tokens // 2)
-        fixed = speed.step_overhead_s + HANDLING_S
-        computed = (prompt.prefill_flops + prompt.scan_flops) * size / speed.prefill_flops_per_s
-        chunk_s.append(max(computed, prompt.decode_bytes / speed.decode_bytes_per_s) + fixed)
-        read = later.decode_bytes + later.scan_bytes + later.head_bytes
-        decode_s.append(read / speed.decode_bytes_per_s + fixed)
-        head_s = prompt.head_bytes / speed.decode_bytes_per_s
+        read_s, computed_s = _weights_s(prompt, speed)
+        chunk_s.append(
+            max(size * (computed_s + _attended_s(prompt, speed)), read_s) + speed.fixed_s
+        )
+        head_s = later.head_bytes / speed.rates(later.head_kind).decode_bytes_per_s
+        decode_s.append(read_s + _scanned_s(later, speed) + head_s + speed.fixed_s)
         whole = work.chunks * chunk_s[-1] + decoded * decode_s[-1] + head_s
         busy[offer.name] = busy.get(offer.name, 0.0) + whole
         if at + 1 < len(split):
@@ -96,3 +95,27 @@ def play(card: ModelCard, settings: EngineSettings, split: Split, situation: Sit
         if at + 1 < len(split):
             token += row_s[at] + hop_s[at]
     return Played(arrived + head_s + leave, token + leave, max(busy.values()))
+
+
+def _weights_s(work: StageWork, speed: DeviceSpeed) -> tuple[float, float]:
+    """Reading the weights once, and computing with them for one token of a prompt."""
+    nbytes, flops = work.decode_bytes, work.prefill_flops
+    read = computed = 0.0
+    for one in work.by_kind:
+        rates = speed.rates(one.kind)
+        nbytes, flops = nbytes - one.nbytes, flops - 2 * one.elements
+        read += one.nbytes / rates.decode_bytes_per_s
+        computed += 2 * one.elements / rates.prefill_flops_per_s
+    read += nbytes / speed.decode_bytes_per_s
+    return read, computed + flops / speed.prefill_flops_per_s
+
+
+def _scanned_s(work: StageWork, speed: DeviceSpeed) -> float:
+    read = work.scan_bytes / speed.decode_bytes_per_s
+    done = work.scan_flops / speed.attention.decode_flops_per_s if speed.attention else 0.0
+    return max(read, done)
+
+
+def _attended_s(work: StageWork, speed: DeviceSpeed) -> float:
+    rate = speed.attention.prefill_flops_per_s if speed.attention else speed.prefill_flops_per_s
+    return work.scan_flops / rate

@@ -32,13 +32,21 @@ class Traffic:
 def connections_to(ports: Collection[int]) -> list[socket.socket]:
     """This process's own TCP connections to remote ``ports``, whoever opened them; empty where the
     system does not tell. The caller closes them, which leaves the opener's descriptors open."""
-    if not sys.platform.startswith("linux"):
+    if not ports or not sys.platform.startswith("linux"):
         return []
-    found = []
+    found: list[socket.socket] = []
     for entry in list(_OWN_DESCRIPTORS.iterdir()):
+        # The folder's own descriptor was among them: its number may be that of a copy by now.
+        if int(entry.name) in {connection.fileno() for connection in found}:
+            continue
         try:
-            connection = socket.socket(fileno=os.dup(int(entry.name)))
-        except OSError:  # no socket, or closed since
+            copy = os.dup(int(entry.name))
+        except OSError:  # closed since
+            continue
+        try:
+            connection = socket.socket(fileno=copy)
+        except OSError:  # no socket
+            os.close(copy)
             continue
         if _remote_port(connection) in ports:
             found.append(connection)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
@@ -28,10 +29,33 @@ async def stream(answer: Answer, into: list[str], *, silent: bool = False) -> No
                 say(harmless(piece.text) if terminal else piece.text)
 
 
-def tell_between(words: str) -> None:
-    """Say something while an answer is on its way: on a terminal, on a line of its own."""
-    together = sys.stdout.isatty() and sys.stderr.isatty()
-    tell(f"\n{words}" if together else words)
+class Asides:
+    """Words about the devices, as they come: while an answer is on its way on a line of their own,
+    but never into a line that somebody types."""
+
+    def __init__(self) -> None:
+        self._typing = False
+        self._kept: list[str] = []
+
+    def tell(self, words: str) -> None:
+        """Say something, or keep it until the line is typed."""
+        if self._typing:
+            self._kept.append(words)
+            return
+        together = sys.stdout.isatty() and sys.stderr.isatty()
+        tell(f"\n{words}" if together else words)
+
+    @contextlib.contextmanager
+    def typing(self) -> Iterator[None]:
+        """Within, somebody types."""
+        self._typing = True
+        try:
+            yield
+        finally:
+            self._typing = False
+            for words in self._kept:
+                tell(words)
+            self._kept.clear()
 
 
 def harmless(text: str) -> str:

@@ -16,7 +16,7 @@ from edgellm import __version__
 from edgellm.cli.output import INTERRUPTED, fail
 from edgellm.errors import UsageError
 
-_ParserError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+ParserError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 """click's UsageError, by its public subclass: some releases of typer bring a click of their own."""
 
 COMMANDS = (
@@ -24,13 +24,18 @@ COMMANDS = (
     "join",
     "invite",
     "chat",
+    "serve",
     "devices",
     "forget",
     "leave",
+    "pull",
+    "list",
+    "rm",
     "plan",
     "ps",
     "doctor",
     "bench",
+    "service",
 )
 """As ``--help`` lists them. Each is the function of that name in the module of that name."""
 HIDDEN = ("chaos", "rivals")
@@ -73,7 +78,7 @@ def execute(arguments: Sequence[str]) -> Any:
     app = app_of((asked,)) if known else app_of()
     try:
         return app(list(arguments), standalone_mode=False)
-    except _ParserError as error:
+    except ParserError as error:
         if not arguments:  # it is the help text
             error.show()
             return UsageError.exit_code

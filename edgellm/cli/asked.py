@@ -11,33 +11,43 @@ from dataclasses import dataclass
 
 from edgellm.answer import GenerateOptions, LoadOptions
 from edgellm.cli import options as o
+from edgellm.cli.fetching import opened_model
 from edgellm.cli.output import tell
 from edgellm.client import DISCOVERY_WAIT_S, device_name
 from edgellm.errors import UsageError
-from edgellm.modelref import OpenedModel, demo_model, open_reference
+from edgellm.modelref import OpenedModel, demo_model, with_adapters
 from edgellm.node import usual_listen
+from edgellm.planner import parse_objective
 from edgellm.settings import ALL_NETWORKS, NodeSettings, default_home, figures_folder
-from edgellm.types import Activations, SamplerSettings, Weights
+from edgellm.types import Activations, RopeScaling, SamplerSettings, Weights
 
 _DEMO_NOTICE = (
-    "This is the small demo model: it knows a few hundred sentences. For a real one, get"
-    " a GGUF file (huggingface.co has thousands) and name it with --model."
+    "This is the small demo model: it knows a few hundred sentences. For a real one, take one of"
+    " the thousands of huggingface.co: --model hf.co/USER/REPO."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
-    """Which model, and how it is to be loaded."""
+class HowLoaded:
+    """How a model is to be loaded."""
 
-    model: o.Model = None
     stages: o.Stages = None
+    objective: o.ObjectiveOption = "latency"
+    keep_plan: o.KeepPlan = False
+    copy: o.Copy = True
     ctx: o.Context = None
+    kv_cells: o.KvCells = None
     kv_type: o.KvType = "f16"
     threads: o.Threads = 0
     chunk: o.Chunk = None
     exact: o.Exact = False
     activations: o.ActivationsOption = None
     weights: o.WeightsOption = Weights.AUTO
+    spill: o.Spill = None
+    lora: o.Lora = None
+    rope_scaling: o.RopeScalingOption = RopeScaling.MODEL
+    rope_scale: o.RopeScale = 0.0
+    rope_freq_base: o.RopeFreqBase = 0.0
 
     def options(self) -> LoadOptions:
         kinds = [kind.value for kind in Activations]
@@ -45,22 +55,43 @@ class Loading:
             raise UsageError(
                 f"--activations {self.activations!r} is not one of {', '.join(kinds)}."
             )
+        parse_objective(self.objective)  # a slip of the pen is said before anything is looked for
         return LoadOptions(
             stages=self.stages,
+            objective=self.objective,
+            keep_plan=self.keep_plan,
             exact=self.exact,
             activations=Activations(self.activations) if self.activations else None,
             context=self.ctx,
+            cells=self.kv_cells,
             chunk=self.chunk,
             kv_type=self.kv_type,
             threads=self.threads,
             weights=self.weights,
+            spill_bytes=o.parse_spill(self.spill),
+            lora=tuple(self.lora or ()),
+            rope_scaling=self.rope_scaling,
+            rope_scale=self.rope_scale,
+            rope_freq_base=self.rope_freq_base,
         )
 
+    async def opened(self, model: str) -> OpenedModel:
+        """A model, read and validated, and fetched where it has to be."""
+        opened = await opened_model(model, copy=self.copy)
+        return await asyncio.to_thread(with_adapters, opened, tuple(self.lora or ()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading(HowLoaded):
+    """Which model, and how it is to be loaded."""
+
+    model: o.Model = None
+
     async def open(self) -> OpenedModel:
-        """The model, read and validated; the demo model, and word of that, where none is named."""
+        """The model, opened; the demo model, and word of that, where none is named."""
         if self.model is None:
             tell(_DEMO_NOTICE)
-        return await asyncio.to_thread(open_reference, self.model or demo_model())
+        return await self.opened(self.model or demo_model())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +113,7 @@ class Answering:
     stop: o.Stop = None
     raw: o.Raw = False
     ignore_eos: o.IgnoreEos = False
+    reuse: o.Reuse = True
     deadline: o.Deadline = 600.0
     stats: o.Stats = False
     as_json: o.Json = False
@@ -103,6 +135,7 @@ class Answering:
             stop=tuple(self.stop or ()),
             raw=self.raw,
             ignore_eos=self.ignore_eos,
+            reuse=self.reuse,
             deadline_s=self.deadline,
         )
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from edgellm.bench.agreement import told
 from edgellm.bench.control import Control
+from edgellm.bench.onnxcut import TARGET, OnnxCutReport
 from edgellm.bench.pairs import Result
 from edgellm.bench.rpc import LOAD_TARGET, Loads, RpcReport, TokenBytes, median_load
+from edgellm.bench.serving import ServingReport
 from edgellm.bench.speed import Report, StageMemory
 
 GIGABIT = 125e6
@@ -70,6 +73,75 @@ def safety_table(results: Sequence[Result]) -> str:
         *_pairs_table("bare", "safe", results),
         "Time per output token, compute summed over the stages, ratio safe / bare.",
     ]
+    return "\n".join(lines) + "\n"
+
+
+def prefix_table(results: Sequence[Result]) -> str:
+    """Requests that begin like an earlier one against such as compute all of their prompt."""
+    lines = [
+        "A prompt that is computed whole, and one whose beginning is known; medians, ms.",
+        *_pairs_table("whole", "known", results),
+        "Time to first token, compute of the busiest stage, ratio known / whole.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def serving_table(report: ServingReport, apart: bool = False) -> str:
+    """Several streams at once over stages, against the best there could be, and llama-server."""
+    streams = sorted(report.rounds[0].steps_s)
+    layers = " and ".join(
+        f"{stage.span.first}-{stage.span.end - 1}" for stage in report.plan.stages
+    )
+    lines = [
+        f"{streams[-1]} answers at once over {len(report.plan.stages)} stages of one thread (layers"
+        f" {layers}); medians, tokens a second of all together.",
+        "The whole model on one thread, ms a step: "
+        + ", ".join(f"{report.step_s(count) * 1000:.1f} of {count}" for count in streams)
+        + ".",
+        f"{'':30}{'tokens/s':>10}{'ours over it':>14}{'min':>8}{'max':>8}  target",
+        f"{'edgellm':30}{report.median('ours') or 0.0:10.1f}",
+    ]
+    values = ("ideal", "one_batch", "rpc")
+    for target, name in zip(report.targets, values, strict=False):
+        ratios = target.ratios
+        lines.append(
+            f"{target.name:30}{report.median(name) or 0.0:10.1f}{target.ratio:14.3f}"
+            f"{min(ratios):8.3f}{max(ratios):8.3f}  >= {target.least:.2f} {_verdict(target.met)}"
+        )
+    if report.no_rpc:
+        lines.append(f"llama-server over RPC was not measured: {report.no_rpc}")
+    half = streams[-2]
+    busy = " and ".join(f"{part:.0%}" for part in report.utilisation)
+    found = told(report.agreements)
+    gap = found["largest_gap"]
+    lines += [
+        f"The ideal: two micro-batches of {half} over two stages that never wait, {streams[-1]}"
+        f" tokens in the time of one step of {half}. Our stages computed {busy} of their time,"
+        " prompts and ends included.",
+        f"{found['agreed']} of {found['tokens']} tokens are those of each answer alone;"
+        f" {found['differ']} of {found['answers']} answers differ somewhere"
+        + ("." if gap is None else f", where the two best logits lay {gap:.3f} apart at most."),
+        APART if apart else WHERE,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def onnx_table(report: OnnxCutReport) -> str:
+    """An ONNX model in two sessions against one."""
+    last = report.layers[-1]
+    lines = [
+        f"An ONNX model of {last} layers cut at {report.layers[0]}, against itself in one session;"
+        " one process, one thread; medians, ms of processor time.",
+        f"{'':14}{'whole':>10}{'cut':>10}{'ratio':>8}{'min':>8}{'max':>8}  target",
+    ]
+    cut = median(report.steps_s["cut"]) * 1000
+    for name, words in (("plain", "onnxruntime"), ("whole", "our engine")):
+        ratios, step = report.ratios(name), median(report.steps_s[name]) * 1000
+        lines.append(
+            f"{words:14}{step:10.2f}{cut:10.2f}{report.ratio(name):8.3f}{min(ratios):8.3f}"
+            f"{max(ratios):8.3f}  <= {TARGET:.2f}"
+        )
+    lines.append(f"A step of one token: {_verdict(report.met)}. All runs said the same tokens.")
     return "\n".join(lines) + "\n"
 
 

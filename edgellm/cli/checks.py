@@ -37,6 +37,8 @@ class Status(enum.StrEnum):
     OK = "ok"
     WARN = "warn"
     FAIL = "fail"
+    SKIPPED = "skipped"
+    """Not tried; the detail says why."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,11 @@ from edgellm.cli.clusters import (
 from edgellm.cli.output import SHORT_ID, emit, run, show, table, tell
 from edgellm.cli.progress import duration
 from edgellm.cli.spread import spread
+from edgellm.probe import battery_note
 
 _THERE = ("alive", "suspected")
+HOT_C = 85
+"""From here on, processors slow down."""
 _VERBS = {"alive": "is there", "suspected": "is suspected", "gone": "is gone", "left": "left"}
 
 
@@ -171,9 +174,21 @@ def as_tables(
         for each in away
         if each.problem
     ]
+    reasons += [f"{each.name} {note}." for each in found if (note := power_note(each.figures))]
     if reasons:
         parts += ["", *reasons]
     return Group(*parts)
+
+
+def power_note(figures: Mapping[str, int | float]) -> str:
+    """What a device runs on and how hot it is, where that is worth a word: goes on from its name;
+    empty where it is not."""
+    hot = figures.get("temperature_c", 0)
+    heat = f"its processor has {hot:.0f} degrees" if HOT_C <= hot < 150 else ""
+    note = battery_note(figures)
+    if not note and figures.get("on_mains") == 0:
+        note = "runs on battery"
+    return "; ".join(filter(None, (note, heat)))
 
 
 def _state_words(state: dict[str, Any]) -> tuple[str, str]:

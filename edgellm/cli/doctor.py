@@ -24,11 +24,15 @@ from edgellm.cli.checks import (
     check_processors,
     check_python,
 )
+from edgellm.cli.cutchecks import CutReport, check_cuts
 from edgellm.cli.enginechecks import check_engine, check_loop, check_templates
+from edgellm.cli.fetching import progress_to
 from edgellm.cli.modelchecks import card_rows, check_model
 from edgellm.cli.networkchecks import addresses, check_discovery, check_interfaces, check_port
-from edgellm.cli.output import emit, run, show, table
+from edgellm.cli.output import emit, run, show, table, tell
+from edgellm.cli.progress import shown_progress
 from edgellm.errors import DeviceError
+from edgellm.modelref import in_thread, open_reference
 from edgellm.settings import LOOPBACK, default_home
 
 
@@ -37,27 +41,48 @@ def doctor(
     home: o.Home = None,
     listen: o.Listen = None,
     port: o.Port = 0,
+    cut: o.Cut = True,
     as_json: o.Json = False,
 ) -> None:
     """Check this machine, and say how to mend it.
 
-    With --model a model file as well. Exit code 4 if something is broken.
+    With --model a model file as well: where it fits, it runs whole and cut, and both must compute
+    the same bits. Exit code 4 if something is broken.
     """
     failed = False
 
     async def work() -> None:
         nonlocal failed
         checks, card = await examine(model, home or default_home(), listen or LOOPBACK, port)
+        report = None
+        if model is not None and card is not None and cut:
+            report = await check_cuts(await asyncio.to_thread(open_reference, model), tell)
+            checks.append(report.check())
         failed = any(check.status is Status.FAIL for check in checks)
         if as_json:
-            told = [asdict(check) for check in checks]
-            emit({"ok": not failed, "checks": told, **({"card": card} if model else {})})
+            emit(_data(checks, failed, model, card, report))
         else:
             show(as_tables(checks, card))
 
     run(work, as_json)
     if failed:
         raise typer.Exit(DeviceError.exit_code)
+
+
+def _data(
+    checks: Sequence[Check],
+    failed: bool,
+    model: str | None,
+    card: dict[str, Any] | None,
+    report: CutReport | None,
+) -> dict[str, Any]:
+    """What ``--json`` prints: ``card`` with a model, ``cut`` where one was tried."""
+    data: dict[str, Any] = {"ok": not failed, "checks": [asdict(check) for check in checks]}
+    if model is not None:
+        data["card"] = card
+    if report is not None:
+        data["cut"] = report.to_dict()
+    return data
 
 
 async def examine(
@@ -84,7 +109,10 @@ async def examine(
     ]
     if model is None:
         return checks, None
-    more, card = await asyncio.to_thread(check_model, model)
+    with shown_progress() as shown:
+        more, card = await in_thread(
+            lambda told, cancel: check_model(model, told, cancel), progress_to(shown)
+        )
     return [*checks, *more], card
 
 

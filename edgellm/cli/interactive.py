@@ -7,11 +7,13 @@ being made and keeps what came; at an empty prompt it ends the chat.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from edgellm.answer import Completion, GenerateOptions
-from edgellm.cli.answers import stream, summary, who_did_what
+from edgellm.cli.answers import Asides, stream, summary, who_did_what
 from edgellm.cli.history import History
 from edgellm.cli.lines import DroppedError, Lines, open_lines
 from edgellm.cli.output import ctrl_c, say, tell, tell_with
@@ -37,31 +39,43 @@ async def converse(
     home: Path | None,
     system: str | None = None,
     stats: bool = False,
+    asides: Asides | None = None,
 ) -> None:
-    """Chat until the input ends or the person leaves.
+    """Chat until the input ends or the person leaves. ``asides`` has what is told meanwhile.
 
     Raises UsageError where the input has no line at all, CancelledError for Ctrl-C at the prompt.
     """
-    chat = TypedChat(model.chat(options, system=system), stats=stats)
+    chat = TypedChat(model.chat(options, system=system), stats=stats, verdict=lambda: model.verdict)
     lines = open_lines(lambda: History(home))
     try:
         if lines.typed:
             tell("Say something. /help lists what else you can do here.")
         task = asyncio.current_task()
         with ctrl_c(lambda: chat.interrupt(task)):
-            await _turns(chat, lines)
+            await turns(chat, lines, asides or Asides())
     finally:
         lines.close()
 
 
-async def _turns(chat: TypedChat, lines: Lines) -> None:
+class Taking(Protocol):
+    """What answers messages: ``TypedChat``."""
+
+    reading: bool
+    """Whether the next line is being waited for."""
+
+    async def take(self, text: str) -> bool:
+        """Obey a command or answer a message; False to end the chat."""
+
+
+async def turns(chat: Taking, lines: Lines, asides: Asides) -> None:
     """Messages until there are no more, each answered or obeyed."""
     message = Message()
     heard = False
     while True:
         try:
             chat.reading = True
-            line = await lines.read(MORE if message.begun else PROMPT)
+            with asides.typing() if lines.typed else contextlib.nullcontext():
+                line = await lines.read(MORE if message.begun else PROMPT)
         except DroppedError as dropped:
             if dropped.empty and not message.begun:
                 # As Ctrl-C anywhere else: the command ends as one that was interrupted.
@@ -98,11 +112,14 @@ class TypedChat:
         chat: Chat,
         *,
         stats: bool,
+        verdict: Callable[[], str] = str,
     ) -> None:
+        """``verdict`` says why layers stay where they are, if anything does."""
         self.reading = False
         """Whether the next line is being waited for."""
         self._chat = chat
         self._stats = stats
+        self._verdict = verdict
         self._last: Completion | None = None
         self._answering: asyncio.Task[None] | None = None
         self._told_of_dropping = False
@@ -184,4 +201,6 @@ class TypedChat:
             tell("There is no whole answer yet.")
         else:
             tell_with(who_did_what(self._last))
+            if verdict := self._verdict():
+                tell(f"Layers stay where they are: {verdict}.")
         return True

@@ -21,7 +21,7 @@ from edgellm.identity import TrustStore
 from edgellm.node import Node
 from edgellm.runtime.desk import INVITATION_S
 from edgellm.runtime.neighbours import Event, Found, Lost, Unreachable
-from edgellm.settings import NodeSettings
+from edgellm.settings import NodeSettings, OnBattery
 from edgellm.store.home import HomeBusyError
 
 _UNNOTICED_S = 0.3
@@ -38,6 +38,7 @@ def join(
     threads: o.Threads = 0,
     pin: o.Pin = None,
     min_battery: o.MinBattery = MIN_BATTERY,
+    on_battery: o.OnBatteryOption = OnBattery.CAP,
     code: o.Code = "",
     to: o.To = "",
     until_stdin_closes: o.UntilStdinCloses = False,
@@ -55,6 +56,7 @@ def join(
             device.settings(threads, offering=True),
             port=port,
             min_battery=min_battery,
+            on_battery=on_battery,
             secure=secure,
             pin=o.parse_processors(pin),
             peers=tuple(map(parse_address, device.peer or ())),

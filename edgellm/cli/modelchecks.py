@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,14 +15,20 @@ from edgellm.cli.devices import size
 from edgellm.errors import EdgeError
 from edgellm.modelfile import ModelCard, read_card
 from edgellm.modelfile.onnx import OnnxCard, is_onnx, open_onnx
+from edgellm.modelref import locate
+from edgellm.store.hub import Progress
 from edgellm.types import EngineSettings, LayerSpan
 
 
-def check_model(path: str) -> tuple[list[Check], dict[str, Any] | None]:
-    """Findings, and what the card says where there is one. Blocking, but quick."""
+def check_model(
+    model: str, progress: Progress | None = None, cancel: threading.Event | None = None
+) -> tuple[list[Check], dict[str, Any] | None]:
+    """Findings, and what the card says where there is one. Blocking, but quick, unless the model is
+    on the hub and has to be fetched."""
     try:
+        path = locate(model, progress, cancel)
         card: ModelCard | OnnxCard
-        card = OnnxCard(open_onnx(path)) if is_onnx(Path(path)) else read_card(path)
+        card = OnnxCard(open_onnx(path)) if is_onnx(path) else read_card(path)
     except EdgeError as error:
         fix = error.hint or "Download the file again, or name another one with --model."
         return [Check("model", Status.FAIL, error.message, fix)], None

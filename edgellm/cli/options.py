@@ -12,8 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from edgellm.answer import DEFAULT_SPILL_BYTES
 from edgellm.errors import UsageError
-from edgellm.types import Weights
+from edgellm.settings import OnBattery
+from edgellm.types import RopeScaling, Weights
 
 _SIZE = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?)\s*(?P<unit>[kmgt]?(i?b)?)", re.IGNORECASE)
 MAX_SIZE = 1 << 50
@@ -27,9 +29,62 @@ def _option(flag: str, text: str, **more: Any) -> Any:
 
 Model = Annotated[
     str | None,
-    _option("--model", "A GGUF file (any part of a split one) or an ONNX folder; default: a demo."),
+    _option(
+        "--model",
+        "A GGUF file (any part of a split one), an ONNX folder, hf.co/USER/REPO[:QUANTISATION], or"
+        " a name that edgellm list shows; default: a demo.",
+    ),
+]
+ServedModels = Annotated[
+    list[str] | None,
+    _option(
+        "--model",
+        "A model to serve, as for chat; may be given more than once: the first is loaded now, the"
+        " others when a request names them.",
+    ),
+]
+HttpHost = Annotated[
+    str,
+    _option(
+        "--host",
+        "Address for HTTP; on any but this machine's own, clients need a key.",
+        envvar="EDGELLM_HTTP_HOST",
+    ),
+]
+HttpPort = Annotated[
+    int,
+    _option("--port", "Port for HTTP; 0: any free.", envvar="EDGELLM_HTTP_PORT", min=0, max=65535),
+]
+ApiKey = Annotated[
+    str | None,
+    _option("--api-key", "The key that clients need; default: one is made where one is needed."),
+]
+AllowedOrigins = Annotated[
+    list[str] | None,
+    _option("--allow-origin", "A web page's origin that may ask; may be given more than once."),
+]
+Parallel = Annotated[
+    int, _option("--parallel", "Answers under way at once, of one model.", min=1, max=256)
+]
+Queue = Annotated[
+    int, _option("--queue", "Answers that may wait; further ones are refused.", min=0, max=10000)
+]
+Copy = Annotated[
+    bool,
+    _option(
+        "--copy/--no-copy",
+        "Keep a model of the hub on this device; without a copy here it passes by once to be"
+        " verified, and then each device fetches its own layers from the hub.",
+    ),
 ]
 CheckedModel = Annotated[str | None, _option("--model", "A model to look at as well.")]
+Cut = Annotated[
+    bool,
+    _option(
+        "--cut/--no-cut",
+        "Run the model whole and cut, where it fits in memory, and compare them bit for bit.",
+    ),
+]
 Prompt = Annotated[
     str | None, _option("--prompt", "Answer this once; without it you chat, line by line.")
 ]
@@ -54,12 +109,41 @@ Stop = Annotated[
 ]
 Raw = Annotated[bool, _option("--raw", "Continue the prompt as it is, without a chat template.")]
 IgnoreEos = Annotated[bool, _option("--ignore-eos", "Go on past the model's end of text.")]
+Reuse = Annotated[
+    bool,
+    _option(
+        "--reuse/--no-reuse",
+        "Begin with what earlier requests computed of the same text, and keep what this one does.",
+    ),
+]
+Spill = Annotated[
+    str | None,
+    _option(
+        "--spill",
+        "Most disk on each device for what ended requests computed; default: 256MiB, 0: none.",
+    ),
+]
 Deadline = Annotated[float, _option("--deadline", "Seconds a request may take.", min=0.001)]
 Exact = Annotated[
     bool, _option("--exact", "Reference mode: bit-equal to the whole model on one device.")
 ]
 Stages = Annotated[
     str | None, _option("--stages", "Force a split, like a:0-3,b:3-5 (b:3- is to the end).")
+]
+ObjectiveOption = Annotated[
+    str,
+    _option(
+        "--objective",
+        "What the plan is to be good at: latency, ttft, tpot, throughput, or weights like"
+        " ttft=1,tpot=100,throughput=0.5.",
+    ),
+]
+KeepPlan = Annotated[
+    bool,
+    _option(
+        "--keep-plan",
+        "Leave the layers where they are, also where moving some would pay by what is measured.",
+    ),
 ]
 ActivationsOption = Annotated[
     str | None, _option("--activations", "Between devices: float32 or float16.")
@@ -75,7 +159,30 @@ Chunk = Annotated[
     int | None,
     _option("--chunk", "Tokens of a prompt computed in one call; default: by its length.", min=1),
 ]
+KvCells = Annotated[
+    int | None,
+    _option("--kv-cells", "KV cells that all answers share; default: --ctx for each.", min=8),
+]
 KvType = Annotated[str, _option("--kv-type", "KV cache type: f16, q8_0, q4_0, ...")]
+Lora = Annotated[
+    list[str] | None,
+    _option("--lora", "FILE or FILE=SCALE of a LoRA adapter; may be given more than once."),
+]
+RopeScalingOption = Annotated[
+    RopeScaling,
+    _option("--rope-scaling", "For a --ctx beyond the trained one: linear, yarn, none, or model."),
+]
+RopeScale = Annotated[
+    float,
+    _option(
+        "--rope-scale",
+        "How often the trained context fits into --ctx; 0: as the model says.",
+        min=0.0,
+    ),
+]
+RopeFreqBase = Annotated[
+    float, _option("--rope-freq-base", "Base frequency of positions; 0: the model's.", min=0.0)
+]
 Json = Annotated[bool, _option("--json", "One JSON object on standard output.")]
 Peers = Annotated[
     list[str] | None, _option("--peer", "HOST:PORT of a device; may be given more than once.")
@@ -118,6 +225,14 @@ MinBattery = Annotated[
         "Leave when no more than this percent of the battery is left and nothing charges it.",
         min=0,
         max=100,
+    ),
+]
+OnBatteryOption = Annotated[
+    OnBattery,
+    _option(
+        "--on-battery",
+        "What plans may use while this device runs on battery: use (all), cap (half its memory),"
+        " exclude (nothing).",
     ),
 ]
 Probe = Annotated[
@@ -164,6 +279,14 @@ def parse_size(text: str | None) -> int:
     if not 1 <= size < MAX_SIZE:
         raise UsageError(f"{text!r} is no sensible amount of memory.", hint="Write it like 2GiB.")
     return int(size)
+
+
+def parse_spill(text: str | None) -> int:
+    """Bytes of ``--spill``: those of a size, the usual ones for None, and 0 for none at all. Raises
+    UsageError."""
+    if text is None:
+        return DEFAULT_SPILL_BYTES
+    return 0 if text.strip() == "0" else parse_size(text)
 
 
 def parse_processors(text: str | None) -> tuple[int, ...]:

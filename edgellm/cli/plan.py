@@ -16,7 +16,7 @@ from edgellm.cli.output import emit, fail, run, show, tell
 from edgellm.cli.plantables import as_data, as_tables, explanation
 from edgellm.cli.spread import spread
 from edgellm.errors import EdgeError, UsageError
-from edgellm.modelref import OpenedModel, open_reference
+from edgellm.modelref import OpenedModel, open_reference, with_adapters
 from edgellm.planner import (
     Constraints,
     Explained,
@@ -29,7 +29,9 @@ from edgellm.planner import (
     replanned,
 )
 from edgellm.planner.clusterfile import MAX_TEXT, ClusterFile, read_cluster
-from edgellm.types import Epoch
+from edgellm.planning import beyond_trained, settings_of
+from edgellm.scheduler.generation import prompt_chunk
+from edgellm.types import EngineSettings, Epoch
 
 __all__ = ["as_data", "as_tables", "plan"]
 
@@ -51,14 +53,6 @@ ClusterOption = Annotated[
         "--cluster",
         envvar="EDGELLM_CLUSTER",
         help="Plan for the devices that this file describes instead.",
-    ),
-]
-ObjectiveOption = Annotated[
-    str,
-    typer.Option(
-        "--objective",
-        envvar="EDGELLM_OBJECTIVE",
-        help="latency, ttft, tpot, throughput, or weights like ttft=1,tpot=100,throughput=0.5.",
     ),
 ]
 Use = Annotated[
@@ -105,9 +99,8 @@ AnswerTokens = Annotated[
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Planning:
-    """What a plan is to be good at, and what is ruled in or out."""
+    """Which request a plan is for, and what is ruled in or out."""
 
-    objective: ObjectiveOption = "latency"
     use: Use = None
     without: Without = None
     min_layers: MinLayers = 1
@@ -124,7 +117,8 @@ class Planning:
             frozenset(self.use or ()), frozenset(self.without or ()), self.min_layers
         )
 
-    def workload(self, chunk: int = _USUAL.chunk) -> Workload:
+    def workload(self, settings: EngineSettings) -> Workload:
+        chunk = prompt_chunk(self.prompt_tokens, settings.chunk, settings.prompt_chunk)
         return Workload(self.prompt_tokens, self.answer_tokens, chunk)
 
 
@@ -157,10 +151,11 @@ def plan(
         if not planning.usual:
             explained = replanned(
                 explained,
-                objective=parse_objective(planning.objective),
                 constraints=planning.constraints(),
-                workload=planning.workload(explained.question.situation.workload.chunk),
+                workload=planning.workload(explained.plan.settings),
             )
+        if words := beyond_trained(opened, explained.plan.settings):
+            tell(words)
         _print(opened, explained, explain, as_json)
 
     run(work, as_json)
@@ -171,20 +166,22 @@ def simulated(loading: Loading, planning: Planning, path: Path) -> tuple[str, Ex
     raises, and UsageError for a file that cannot be read or a model that is not given."""
     read = read_cluster(_text(path), str(path))
     options = loading.options()
-    name, question = _question(loading.model, options, read, planning)
+    name, question = _question(loading, options, read, planning)
     if options.stages is not None:
         question = dataclasses.replace(question, manual=parse_stages(options.stages))
     return name, answered(question)
 
 
 def _question(
-    model: str | None, options: LoadOptions, read: ClusterFile, planning: Planning
+    loading: Loading, options: LoadOptions, read: ClusterFile, planning: Planning
 ) -> tuple[str, Question]:
-    if model is not None:
-        opened = open_reference(model)
-        name, card, trained = opened.name, opened.card, opened.context_train
+    if loading.model is not None:
+        found = open_reference(loading.model, copy=loading.copy)
+        opened = with_adapters(found, options.lora)
+        name, card, settings = opened.name, opened.card, settings_of(opened, options)
     elif read.model is not None:
-        name, card, trained = read.model_name, read.model, _CONTEXT_TRAINED
+        name, card = read.model_name, read.model
+        settings = options.settings(_CONTEXT_TRAINED)
     else:
         raise UsageError(
             "the cluster file describes no [model].", hint="Add one, or name a file with --model."
@@ -192,10 +189,10 @@ def _question(
     question = Question(
         card,
         read.offers,
-        options.settings(trained),
+        settings,
         Epoch(1),
-        Situation(read.links, planning.workload(), read.coordinator_id),
-        parse_objective(planning.objective),
+        Situation(read.links, planning.workload(settings), read.coordinator_id),
+        parse_objective(options.objective),
         planning.constraints(),
     )
     return name, question

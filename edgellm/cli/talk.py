@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from edgellm.answer import LoadOptions
-from edgellm.cli.answers import stream, summary, tell_between, who_did_what
+from edgellm.cli.answers import Asides, stream, summary, who_did_what
 from edgellm.cli.asked import Answering
 from edgellm.cli.interactive import converse
 from edgellm.cli.lines import nothing_to_read
@@ -16,6 +16,7 @@ from edgellm.client import Cluster, LoadedModel
 from edgellm.conversation import Conversation
 from edgellm.errors import EdgeError, UsageError
 from edgellm.modelref import OpenedModel
+from edgellm.planning import beyond_trained
 from edgellm.types import Plan
 
 
@@ -41,9 +42,12 @@ async def talk(
     ``plan``: when a device is lost, they count for the next one.
     """
     tell(_plan_text(opened, plan))
+    if words := beyond_trained(opened, plan.settings):
+        tell(words)
+    asides = Asides()
     async with contextlib.AsyncExitStack() as stack:
         with shown_progress() as progress:
-            loading = cluster.load(opened, options, plan=plan, progress=progress, told=tell_between)
+            loading = cluster.load(opened, options, plan=plan, progress=progress, told=asides.tell)
             model = await stack.enter_async_context(loading)
         tell(f"Loaded in {model.load_s:.1f} s.")
         await _told_of_template(model, answering)
@@ -56,6 +60,7 @@ async def talk(
                 home=home,
                 system=answering.system,
                 stats=answering.stats,
+                asides=asides,
             )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm.engine.pages import Image
 from edgellm.errors import StageError
-from edgellm.types import EngineSettings, LayerSpan, SamplerSettings
+from edgellm.types import EngineSettings, LayerSpan, Reuse, SamplerSettings
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -44,10 +44,18 @@ class StageConfig:
     input_node: str = ""
     """Node that a later stage overwrites with the rows it was sent, because llama.cpp would change
     them on the way in; empty for most architectures."""
+    fed_tokens: bool = False
+    """llama.cpp is given tokens, whatever rows the stage is given: those are put into the node."""
     embedding_scale: float = 1.0
     """What the architecture multiplies embedding rows by, as float32."""
     model: str = ""
     """Digest of the model, or its name: KV pages of another one are refused."""
+    vocabulary: str = ""
+    """Path of the GGUF that says how tokens are spelled, for grammars; empty: as ``shard`` does."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """Paths of the GGUFs that hold the span's part of LoRA adapters, each with its scale."""
+    embedding_adapters: tuple[tuple[str, float], ...] = ()
+    """The same of those that adapt the token embeddings; first stage of several only."""
 
     @property
     def first(self) -> bool:
@@ -98,6 +106,10 @@ class StageEngine(Protocol):
         """Which rows may share one call: ``"any"``, ``"equal"`` (equal counts), ``"none"``."""
 
     @property
+    def reuse(self) -> Reuse:
+        """What it can do with the memory of one slot for the sake of another."""
+
+    @property
     def native_seconds(self) -> float:
         """Seconds spent inside the engine's own compute call so far."""
 
@@ -119,6 +131,15 @@ class StageEngine(Protocol):
 
         Raises StageError where the engine cannot: a recurrent state has no past, and of a sliding
         window only the last positions may be there. The slot is then as it was.
+        """
+
+    def copy(self, source: int, slot: int, position: int) -> None:
+        """Make an empty slot hold what ``source`` holds before ``position`` (> 0, and no more than
+        it holds). Its numbers are those of the source, bit for bit; from then on the two have
+        nothing to do with each other.
+
+        Raises StageError where ``reuse`` is less than ``COPY``, or as ``truncate`` does; the slot
+        is empty then.
         """
 
     def export(self, slot: int, tokens: int) -> Image:
@@ -149,6 +170,12 @@ def check_biases(settings: SamplerSettings, vocabulary: int) -> None:
     for token, _ in settings.logit_bias:
         if not 0 <= token < vocabulary:
             raise StageError(f"logit_bias names token {token}, outside 0 to {vocabulary - 1}.")
+
+
+def refuse_grammar(settings: SamplerSettings) -> None:
+    """Raises StageError where a grammar is asked for: of engines that cannot keep to one."""
+    if settings.grammar:
+        raise StageError("this engine cannot hold an answer to a grammar.")
 
 
 def best_token(logits: Float32) -> int:

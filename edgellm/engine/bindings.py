@@ -13,8 +13,9 @@ from typing import Any
 
 from edgellm.engine.childside import import_llama_bindings, set_fields
 from edgellm.errors import StageError
+from edgellm.types import EngineSettings, RopeScaling
 
-__all__ = ["KV_TYPE_IDS", "TO_FLOAT", "TypeTraits", "ggml", "llama", "set_fields"]
+__all__ = ["KV_TYPE_IDS", "TO_FLOAT", "TypeTraits", "ggml", "llama", "rope_fields", "set_fields"]
 
 
 class TypeTraits(ctypes.Structure):
@@ -85,3 +86,22 @@ KV_TYPE_IDS = {
     "bf16": 30,
 }
 """``enum ggml_type`` of the KV types in ``types.KV_TYPES``."""
+
+_SCALING_IDS = {
+    RopeScaling.MODEL: -1,
+    RopeScaling.NONE: 0,
+    RopeScaling.LINEAR: 1,
+    RopeScaling.YARN: 2,
+}
+"""``enum llama_rope_scaling_type``."""
+
+
+def rope_fields(settings: EngineSettings) -> dict[str, Any]:
+    """What ``llama_context_params`` is told of rotary positions; 0 is the model's own."""
+    # llama.cpp takes the scale as float32, and its inverse as what positions are multiplied by.
+    scale = ctypes.c_float(settings.rope_scale).value
+    return {
+        "rope_scaling_type": _SCALING_IDS[settings.rope_scaling],
+        "rope_freq_scale": 1.0 / scale if scale else 0.0,
+        "rope_freq_base": settings.rope_freq_base,
+    }

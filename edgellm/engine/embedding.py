@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -21,16 +23,36 @@ from edgellm.modelfile.gguf import read_header
 TENSOR = "token_embd.weight"
 
 
-class EmbeddingTable:
-    """``token_embd.weight`` [vocabulary, width] of a GGUF, dequantised row by row."""
+class Adapts(Protocol):
+    """Adds to rows that were looked up: ``lookedup.EmbeddingAdapter``."""
 
-    def __init__(self, path: str, width: int, scale: float) -> None:
+    def rows(self, tokens: Int32 | None) -> Float32:
+        """float32 [len(tokens), width]."""
+
+    def close(self) -> None: ...
+
+
+class EmbeddingTable:
+    """``token_embd.weight`` [vocabulary, width] of a GGUF, dequantised row by row.
+
+    ``name``: or another tensor of that kind. ``adapters`` add to the rows, before they are scaled.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        width: int,
+        scale: float,
+        name: str = TENSOR,
+        adapters: Sequence[Adapts] = (),
+    ) -> None:
         header = read_header(Path(path))
-        tensor = next((t for t in header.tensors if t.name == TENSOR), None)
+        tensor = next((t for t in header.tensors if t.name == name), None)
         if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != width:
             raise ModelFileError(
-                f"the embedding shard holds no {TENSOR} of width {width}.", field=TENSOR
+                f"the embedding shard holds no {name} of width {width}.", field=name
             )
+        self._adapters = adapters
         self._width = width
         self._count = tensor.shape[1]
         self._scale = np.float32(scale)
@@ -58,6 +80,8 @@ class EmbeddingTable:
                 out.ctypes.data_as(ctypes.c_void_p),
                 out.size,
             )
+        for adapter in self._adapters:
+            out = out + adapter.rows(tokens)
         return out * self._scale if self._scaled else out
 
     def _read_row(self, token: int) -> bytes:
@@ -67,4 +91,6 @@ class EmbeddingTable:
         return data
 
     def close(self) -> None:
+        for adapter in self._adapters:
+            adapter.close()
         os.close(self._file)

@@ -18,68 +18,19 @@ from typing import Any
 import numpy as np
 
 from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
-from edgellm.engine.bindings import KV_TYPE_IDS, ggml, llama, set_fields
+from edgellm.engine.batch import Batch
+from edgellm.engine.bindings import KV_TYPE_IDS, ggml, llama, rope_fields, set_fields
 from edgellm.engine.embedding import EmbeddingTable
+from edgellm.engine.lookedup import embedding_adapters
+from edgellm.engine.lora import load_adapters, use_adapters
 from edgellm.engine.pages import Image, Layout
 from edgellm.engine.stateblob import Shape, blank_image, read_image
 from edgellm.errors import StageError
-from edgellm.types import Mode, Weights
+from edgellm.modelfile.architectures import BEFORE_NORM
+from edgellm.types import Mode, Reuse, Weights
 
 MROPE_TYPES = frozenset((8, 24, 40))
 """Rope types that want four positions a token when the input is embeddings."""
-
-
-class _Batch:
-    """A ``llama_batch`` over numpy arrays, so that filling one costs no Python loop a row."""
-
-    def __init__(self, module: Any, capacity: int, width: int, sections: int) -> None:
-        self.tokens = np.zeros(capacity, np.int32)
-        self.hidden = np.zeros((capacity, width), np.float32) if width else None
-        self.positions = np.zeros(capacity * sections, np.int32)
-        self.counts = np.ones(capacity, np.int32)
-        self.slots = np.zeros(capacity, np.int32)
-        self.outputs = np.zeros(capacity, np.int8)
-        self.sections = sections
-        base = self.slots.ctypes.data
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        self._slot_pointers = (pointer * capacity)(
-            *(ctypes.cast(base + 4 * i, pointer) for i in range(capacity))
-        )
-        self.native = module.llama_batch()
-        set_fields(
-            self.native,
-            n_tokens=0,
-            pos=self.positions.ctypes.data_as(pointer),
-            n_seq_id=self.counts.ctypes.data_as(pointer),
-            seq_id=self._slot_pointers,
-            logits=self.outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-        if self.hidden is not None:
-            floats = ctypes.POINTER(ctypes.c_float)
-            set_fields(self.native, embd=self.hidden.ctypes.data_as(floats))
-        else:
-            set_fields(self.native, token=self.tokens.ctypes.data_as(pointer))
-
-    def place(self, rows: Sequence[SlotRow], all_outputs: bool) -> int:
-        """Write slots, positions and output flags of ``rows``; returns the number of tokens."""
-        total = sum(row.count for row in rows)
-        at = 0
-        self.outputs[:total] = 1 if all_outputs else 0
-        for row in rows:
-            end = at + row.count
-            self.slots[at:end] = row.slot
-            self.positions[at:end] = np.arange(row.position, row.position + row.count)
-            if row.output:
-                self.outputs[end - 1] = 1
-            at = end
-        if self.sections == 4:
-            # section by section: p, p, p, 0; the sections are as long as the batch, so the text
-            # positions just written move into place behind one another
-            self.positions[total : 2 * total] = self.positions[:total]
-            self.positions[2 * total : 3 * total] = self.positions[:total]
-            self.positions[3 * total : 4 * total] = 0
-        self.native.n_tokens = total
-        return total
 
 
 class LlamaEngine:
@@ -93,18 +44,28 @@ class LlamaEngine:
         self._native_seconds = 0.0
         self._reads: list[Float32] = []
         self._model = self._load_model(config.shard)
-        self._width = int(self._llama.llama_model_n_embd(self._model))
+        adapters = load_adapters(self._llama, self._model, config)
+        embedded = int(self._llama.llama_model_n_embd(self._model))
+        # Several residual streams may be side by side in the rows between stages.
+        self._width = embedded * max(1, config.width // embedded)
+        self._given_width = embedded if config.first else self._width
         self._input_width = int(self._llama.llama_model_n_embd_inp(self._model))
         vocabulary = self._llama.llama_model_get_vocab(self._model)
         self._vocabulary = int(self._llama.llama_vocab_n_tokens(vocabulary))
         self._takes_tokens = config.first and config.last
         self._embedding = (
-            EmbeddingTable(config.embedding, self._width, config.embedding_scale)
+            EmbeddingTable(
+                config.embedding,
+                embedded,
+                config.embedding_scale,
+                adapters=embedding_adapters(config, embedded),
+            )
             if config.first and not config.last
             else None
         )
-        self._target = f"{config.residual}-{len(config.span) - 1}".encode()
-        self._input_node = b"" if config.first else config.input_node.encode()
+        number = "" if config.residual == BEFORE_NORM else f"-{len(config.span) - 1}"
+        self._target = f"{config.residual}{number}".encode()
+        self._input_node = config.input_node.encode()
         self._watched = frozenset(
             name
             for name, used in ((self._target, not config.last), (self._input_node, True))
@@ -119,13 +80,21 @@ class LlamaEngine:
         # The context calls this for as long as it lives: the reference must not be lost.
         self._callback = self._llama.ggml_backend_sched_eval_callback(self._on_node)
         self._context = self._open_context()
+        use_adapters(self._llama, self._context, adapters, config)
         self._memory = self._llama.llama_get_memory(self._context)
         sections = 1
-        if not self._takes_tokens and self._llama.llama_model_rope_type(self._model) in MROPE_TYPES:
+        given_tokens = self._takes_tokens or config.fed_tokens
+        if not given_tokens and self._llama.llama_model_rope_type(self._model) in MROPE_TYPES:
             sections = 4
-        self._batch = _Batch(
-            self._llama, settings.chunk, 0 if self._takes_tokens else self._input_width, sections
+        self._batch = Batch(
+            self._llama, settings.chunk, 0 if given_tokens else self._input_width, sections
         )
+        # Rows of the call under way: what the input node is overwritten with.
+        self._given: Float32 | None = self._batch.hidden
+        if config.fed_tokens or self._given_width != embedded:
+            self._given = np.zeros((settings.chunk, self._given_width), np.float32)
+        # Not where all tokens are one to llama.cpp, because their rows alone matter.
+        self._knows_tokens = config.first and self._vocabulary == config.vocab
 
     def _load_model(self, path: str) -> Any:
         parameters = self._llama.llama_model_default_params()
@@ -148,7 +117,7 @@ class LlamaEngine:
         parameters = self._llama.llama_context_default_params()
         set_fields(
             parameters,
-            n_ctx=settings.context * settings.sequences,
+            n_ctx=settings.total_cells,
             n_batch=settings.chunk,
             n_ubatch=settings.chunk,
             n_seq_max=settings.sequences,
@@ -160,6 +129,7 @@ class LlamaEngine:
             swa_full=settings.swa_full,
             kv_unified=unified,
             no_perf=True,
+            **rope_fields(settings),
         )
         if self._watched:
             set_fields(parameters, cb_eval=self._callback)
@@ -203,6 +173,18 @@ class LlamaEngine:
         )
 
     @property
+    def reuse(self) -> Reuse:
+        settings = self._config.settings
+        if self._has_states:
+            return Reuse.END
+        if int(self._llama.llama_model_n_swa(self._model)):
+            # In a shared cache llama.cpp gives cells that one sequence has left behind its window
+            # to another: an earlier position of it may have holes, and nobody tells where.
+            alone = settings.mode is Mode.REFERENCE or settings.sequences == 1
+            return Reuse.COPY if alone and settings.swa_full else Reuse.END
+        return Reuse.SHARE if settings.mode is Mode.NORMAL else Reuse.COPY
+
+    @property
     def native_seconds(self) -> float:
         return self._native_seconds
 
@@ -211,11 +193,11 @@ class LlamaEngine:
     ) -> Decoded:
         batch = self._batch
         total = batch.place(rows, all_outputs=not self._config.last)
-        if self._takes_tokens and tokens is not None:
+        if self._knows_tokens and tokens is not None:
             batch.tokens[:total] = tokens
-        elif batch.hidden is not None:
+        if self._given is not None:
             source = self._embedding.rows(tokens) if self._embedding is not None else hidden
-            batch.hidden[:total, : self._width] = source
+            self._given[:total, : self._given_width] = source
         self._reads.clear()
         self._written = self._asked = 0
         shape = (total, len(rows))
@@ -228,6 +210,11 @@ class LlamaEngine:
         self._native_seconds += time.perf_counter() - started
         if status != 0:
             raise StageError(self._decode_reason(status, total))
+        if self._given is not batch.hidden and self._written != total:
+            raise StageError(
+                f"the engine took {self._written} of {total} rows"
+                f" (node {self._input_node.decode()} of layers {self._span_text()})."
+            )
         if self._config.last:
             return Decoded(hidden=None, logits=self._logits(rows))
         self._found[shape] = self._target_at
@@ -272,16 +259,17 @@ class LlamaEngine:
                 return False
             return self._ggml.ggml_get_name(tensor) in self._watched
         name = self._ggml.ggml_get_name(tensor)
-        count = int(self._ggml.ggml_nelements(tensor)) // self._width
-        if name == self._input_node and self._batch.hidden is not None:
+        elements = int(self._ggml.ggml_nelements(tensor))
+        if name == self._input_node and self._given is not None:
+            count = elements // self._given_width
             # llama.cpp changed the rows on their way in (a scale meant for token embeddings);
             # put back what the stage before us sent.
-            rows = self._batch.hidden[self._written : self._written + count, : self._width]
+            rows = self._given[self._written : self._written + count, : self._given_width]
             rows = np.ascontiguousarray(rows)
             self._ggml.ggml_backend_tensor_set(tensor, rows.ctypes.data, 0, rows.nbytes)
             self._written += count
             return True
-        rows = np.empty((count, self._width), np.float32)
+        rows = np.empty((elements // self._width, self._width), np.float32)
         self._ggml.ggml_backend_tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
         self._reads.append(rows)
         self._target_at, self._asked = self._asked, 0  # another graph may follow in this call
@@ -305,6 +293,18 @@ class LlamaEngine:
             raise StageError(
                 f"a model with recurrent layers cannot go back to an earlier position ({position})."
             )
+
+    def copy(self, source: int, slot: int, position: int) -> None:
+        if self.reuse < Reuse.COPY:
+            raise StageError("the memory of this model cannot be copied up to a position.")
+        # A cache that is split by sequence is copied whole: llama.cpp would abort at a part of it.
+        begin, end = (0, position) if self._config.settings.mode is Mode.NORMAL else (-1, -1)
+        self._llama.llama_memory_seq_cp(self._memory, source, slot, begin, end)
+        try:
+            self.truncate(slot, position)
+        except StageError:
+            self.clear(slot)
+            raise
 
     def export(self, slot: int, tokens: int) -> Image:
         size = int(self._llama.llama_state_seq_get_size(self._context, slot))

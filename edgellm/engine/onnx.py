@@ -31,7 +31,7 @@ from edgellm.modelfile.onnx.layers import TOKENS
 from edgellm.modelfile.onnx.schema import BOOL, FLOAT, FLOAT16, INT32, INT64
 from edgellm.modelfile.onnx.shard import open_stage
 from edgellm.modelfile.onnx.stageshape import ROWS, StageShape, State
-from edgellm.types import Mode
+from edgellm.types import EngineSettings, Mode, Reuse
 
 Array = NDArray[Any]
 
@@ -86,6 +86,8 @@ class OnnxEngine:
         wrong = wrong or config.first is bool(shape.inlets) or config.last is bool(shape.outlets)
         if wrong or (config.last and shape.vocab != config.vocab):
             raise StageError("the stage's graph is not the one that the plan says.")
+        if config.settings.kv_type != EngineSettings().kv_type:
+            raise StageError(f"KV cells of an ONNX graph cannot be {config.settings.kv_type}.")
 
     @property
     def width(self) -> int:
@@ -98,6 +100,10 @@ class OnnxEngine:
     @property
     def joint(self) -> str:
         return "none"
+
+    @property
+    def reuse(self) -> Reuse:
+        return Reuse.END if self._others else Reuse.COPY
 
     @property
     def native_seconds(self) -> float:
@@ -274,6 +280,18 @@ class OnnxEngine:
             whole[:] = 0
             whole[:, :kept] = cells
         held.length = length
+
+    def copy(self, source: int, slot: int, position: int) -> None:
+        held = self._slots.get(source)
+        if self._others or held is None or held.length < position:
+            raise StageError("the memory of this model cannot be copied up to a position.")
+        copied = self._new_slot()
+        copied.length = position
+        for index in range(len(self._shape.states)):
+            self._view(copied, index, position)[:] = self._view(held, index, held.length)[
+                :, :position
+            ]
+        self._slots[slot] = copied
 
     def export(self, slot: int, tokens: int) -> Image:
         held = self._slots.get(slot)

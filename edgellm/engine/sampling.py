@@ -2,7 +2,8 @@
 
 Stateless on purpose: the whole chain is made anew for each token from the settings, the tokens
 so far and a seed derived from (seed, position). A replay after a fault therefore samples the
-same tokens, wherever it starts. Runs in a stage process only (native code).
+same tokens, wherever it starts. A grammar's state is kept from token to token, because it is long
+to make, but it too is a function of the tokens so far. Runs in a stage process only (native code).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from edgellm.engine.base import Float32, best_token, check_biases
 from edgellm.engine.bindings import llama
+from edgellm.engine.grammar import GrammarState
 from edgellm.errors import StageError
 from edgellm.types import SamplerSettings
 
@@ -35,7 +37,8 @@ def position_seed(seed: int, position: int) -> int:
 class LlamaSampler:
     """One request's way of picking tokens; see ``base.Sampler``."""
 
-    def __init__(self, settings: SamplerSettings, vocabulary: int) -> None:
+    def __init__(self, settings: SamplerSettings, vocabulary: int, words: str = "") -> None:
+        """``words``: the GGUF that says how the tokens are spelled, for grammars."""
         check_biases(settings, vocabulary)
         self._settings = settings
         self._vocabulary = vocabulary
@@ -44,15 +47,38 @@ class LlamaSampler:
             or settings.presence_penalty != 0.0
             or settings.frequency_penalty != 0.0
         )
-        self._plain = settings.greedy and not self._penalised and not settings.logit_bias
+        self._plain = settings.greedy and not (
+            self._penalised or settings.logit_bias or settings.grammar
+        )
         self._llama: Any = None if self._plain else llama()
         self._candidates = np.zeros(0 if self._plain else vocabulary, _TOKEN_DATA)
+        self._grammar = (
+            GrammarState(settings.grammar, settings.grammar_from, words, vocabulary)
+            if settings.grammar
+            else None
+        )
 
     def sample(self, logits: Float32, position: int, history: Sequence[int]) -> int:
         """See ``base.Sampler``. Raises StageError for logits of a computation that failed."""
         best = best_token(logits)
         if self._plain:
             return best
+        if self._grammar is None:
+            return self._draw(logits, position, history)
+        self._grammar.follow(history)
+        # What comes by itself mostly fits, and to ask that of one token costs next to nothing.
+        token = self._draw(logits, position, history)
+        if self._grammar.allows(token):
+            return token
+        return self._draw(logits, position, history, self._grammar)
+
+    def _draw(
+        self,
+        logits: Float32,
+        position: int,
+        history: Sequence[int],
+        grammar: GrammarState | None = None,
+    ) -> int:
         candidates = self._candidates
         candidates["id"] = np.arange(self._vocabulary, dtype=np.int32)
         candidates["logit"] = logits
@@ -63,6 +89,10 @@ class LlamaSampler:
             selected=-1,
             sorted=False,
         )
+        if grammar is not None:
+            grammar.apply(array)
+            if not np.isfinite(candidates["logit"]).any():
+                raise StageError("the grammar allows none of the model's tokens here.")
         chain = self._chain(position, history)
         try:
             self._llama.llama_sampler_apply(chain, ctypes.byref(array))
@@ -108,4 +138,7 @@ class LlamaSampler:
         return chain
 
     def close(self) -> None:
-        """Nothing is kept between tokens."""
+        """Free the grammar's memory; nothing else is kept between tokens."""
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None

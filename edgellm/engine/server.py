@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.engine.base import Float32, StageConfig, StageEngine
-from edgellm.engine.runner import Outcome, SamplerFactory, StageRunner
+from edgellm.engine.outcome import Outcome
+from edgellm.engine.runner import SamplerFactory, StageRunner
 from edgellm.errors import EdgeError, LocalProtocolError, StageError
 from edgellm.types import Activations, LayerSpan
 from edgellm.wire.care import (
     ExpectSequence,
     ExportSequence,
+    KeepSequence,
     KvPage,
     Rebind,
     SequenceImported,
+    SequenceSpilled,
+    ShareSequence,
+    SpillSequence,
 )
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
@@ -43,7 +48,7 @@ from edgellm.wire.messages import (
     peek,
 )
 from edgellm.wire.plain import sampler_from_plain, settings_from_plain, settings_to_plain
-from edgellm.wire.tensors import decode_rows, decode_tokens, encode_logits, encode_rows
+from edgellm.wire.tensors import decode_rows, decode_tokens, encode_rows
 
 EngineFactory = Callable[[StageConfig], StageEngine]
 EngineTable = Mapping[str, tuple[EngineFactory, SamplerFactory]]
@@ -57,6 +62,9 @@ _OF_A_PLAN = (
     ExportSequence,
     ExpectSequence,
     KvPage,
+    KeepSequence,
+    ShareSequence,
+    SpillSequence,
 )
 """What is stale when it is of another plan than the stage's, and dropped then."""
 
@@ -114,6 +122,14 @@ class StageServer:
             self._loaded()[0].expect(message.sequence, message.position)
         elif isinstance(message, KvPage):
             yield from self._take(message)
+        elif isinstance(message, KeepSequence):
+            self._loaded()[0].keep(message.sequence)
+        elif isinstance(message, ShareSequence):
+            self._loaded()[0].share(
+                message.sequence, message.source, message.position, moved=message.moved
+            )
+        elif isinstance(message, SpillSequence):
+            yield self._spill(message)
 
     def _loaded(self) -> tuple[StageRunner, StageConfig]:
         if self._runner is None or self._config is None:
@@ -137,7 +153,7 @@ class StageServer:
             epoch=self._epoch,
             index=self._index,
             memory_bytes=resident_peak(),
-            figures={"load_s": time.perf_counter() - started},
+            figures={"load_s": time.perf_counter() - started, **self._abilities()},
         )
 
     def _open(self, message: OpenSequence) -> None:
@@ -154,7 +170,12 @@ class StageServer:
         """From here on, frames of the old plan are stale."""
         self._loaded()[0].rebind()
         self._epoch, self._index = message.new_epoch, message.index
-        return StageReady(self._epoch, self._index, resident_peak(), {"load_s": 0.0})
+        return StageReady(
+            self._epoch, self._index, resident_peak(), {"load_s": 0.0, **self._abilities()}
+        )
+
+    def _abilities(self) -> dict[str, float]:
+        return {"reuse": float(self._loaded()[0].engine.reuse)}
 
     def _export(self, message: ExportSequence) -> Iterator[KvPage]:
         runner, config = self._loaded()
@@ -174,6 +195,18 @@ class StageServer:
                 digest=hashlib.sha256(payload).hexdigest(),
                 payload=payload,
             )
+
+    def _spill(self, message: SpillSequence) -> SequenceSpilled:
+        runner = self._loaded()[0]
+        nbytes, seconds = runner.spill(message.sequence)
+        return SequenceSpilled(
+            self._epoch,
+            self._index,
+            message.sequence,
+            nbytes,
+            seconds,
+            runner.figures.prefill_token_s,
+        )
 
     def _take(self, page: KvPage) -> Iterator[Message]:
         runner, config = self._loaded()
@@ -240,11 +273,11 @@ class StageServer:
         if outcome.hidden is not None:
             yield from self._hidden(outcome.rows, outcome.hidden, config.settings.activations)
         if outcome.results:
-            logits = outcome.logits
             yield Tokens(
                 epoch=self._epoch,
                 results=outcome.results,
-                payload=b"" if logits is None else encode_logits(logits),
+                sizes=tuple([len(extra) for extra in outcome.extras]),
+                payload=b"".join(outcome.extras),
             )
 
     def _hidden(
@@ -283,6 +316,8 @@ class StageServer:
                 "steps": figures.steps,
                 "tokens": figures.tokens,
                 "restored_tokens": figures.restored_tokens,
+                "reused_tokens": figures.reused_tokens,
+                "spilled_bytes": figures.spilled_bytes,
                 "pages_bytes": figures.pages_bytes,
                 "peak_bytes": resident_peak(),
             },
@@ -354,10 +389,18 @@ def stage_config_to(config: StageConfig, epoch: int, index: int) -> dict[str, An
         "embedding": config.embedding,
         "residual": config.residual,
         "input_node": config.input_node,
+        "fed_tokens": config.fed_tokens,
         "embedding_scale": config.embedding_scale,
         "model": config.model,
+        "vocabulary": config.vocabulary,
+        "adapters": [list(pair) for pair in config.adapters],
+        "embedding_adapters": [list(pair) for pair in config.embedding_adapters],
         "settings": settings_to_plain(config.settings),
     }
+
+
+def _scaled(pairs: Iterable[tuple[object, float]]) -> tuple[tuple[str, float], ...]:
+    return tuple((str(path), float(scale)) for path, scale in pairs)
 
 
 def stage_config_from(data: Mapping[str, Any]) -> StageConfig:
@@ -372,7 +415,11 @@ def stage_config_from(data: Mapping[str, Any]) -> StageConfig:
         embedding=str(data["embedding"]),
         residual=str(data["residual"]),
         input_node=str(data["input_node"]),
+        fed_tokens=bool(data["fed_tokens"]),
         embedding_scale=float(data["embedding_scale"]),
         model=str(data["model"]),
+        vocabulary=str(data["vocabulary"]),
+        adapters=_scaled(data["adapters"]),
+        embedding_adapters=_scaled(data["embedding_adapters"]),
         settings=settings_from_plain(data["settings"]),
     )

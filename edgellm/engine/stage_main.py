@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from edgellm.engine.base import Sampler, StageConfig, StageEngine
+from edgellm.engine.base import Sampler, StageConfig, StageEngine, refuse_grammar
 from edgellm.engine.childside import open_channel
 from edgellm.engine.server import EngineTable, StageServer
 from edgellm.errors import EdgeError
@@ -40,10 +40,10 @@ def _llama(config: StageConfig) -> StageEngine:
     return LlamaEngine(config)
 
 
-def _llama_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
+def _llama_sampler(settings: SamplerSettings, config: StageConfig) -> Sampler:
     from edgellm.engine.sampling import LlamaSampler  # noqa: PLC0415
 
-    return LlamaSampler(settings, vocabulary)
+    return LlamaSampler(settings, config.vocab, config.vocabulary or config.shard)
 
 
 def _stub(config: StageConfig) -> StageEngine:
@@ -52,9 +52,10 @@ def _stub(config: StageConfig) -> StageEngine:
     return StubEngine(config)
 
 
-def _stub_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
+def _stub_sampler(settings: SamplerSettings, config: StageConfig) -> Sampler:
     from edgellm.engine.stub import StubSampler  # noqa: PLC0415
 
+    refuse_grammar(settings)
     return StubSampler()
 
 
@@ -64,11 +65,12 @@ def _onnx(config: StageConfig) -> StageEngine:
     return OnnxEngine(config)
 
 
-def _plain_sampler(settings: SamplerSettings, vocabulary: int) -> Sampler:
+def _plain_sampler(settings: SamplerSettings, config: StageConfig) -> Sampler:
     """Not llama.cpp's: it need not be there, and all devices should draw the same."""
     from edgellm.engine.plainsampling import PlainSampler  # noqa: PLC0415
 
-    return PlainSampler(settings, vocabulary)
+    refuse_grammar(settings)
+    return PlainSampler(settings, config.vocab)
 
 
 CLOSE_KIND = kind_of(CloseSequence)

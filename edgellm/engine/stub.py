@@ -16,6 +16,7 @@ import numpy as np
 from edgellm.engine.base import Decoded, Float32, Int32, SlotRow, StageConfig
 from edgellm.engine.pages import Cache, Image, Layout, Tensor
 from edgellm.errors import StageError
+from edgellm.types import Mode, Reuse
 
 WIDTH = 8
 VOCABULARY = 256
@@ -47,6 +48,10 @@ class StubEngine:
     @property
     def joint(self) -> str:
         return "any"
+
+    @property
+    def reuse(self) -> Reuse:
+        return Reuse.COPY if self._config.settings.mode is Mode.REFERENCE else Reuse.SHARE
 
     @property
     def native_seconds(self) -> float:
@@ -104,6 +109,9 @@ class StubEngine:
         for cell in cells:
             states = [_mix(state, mixing) for state, mixing in zip(states, cell, strict=True)]
         self._cells[slot], self._states[slot] = cells, states
+
+    def copy(self, source: int, slot: int, position: int) -> None:
+        self._hold(slot, self._cells.get(source, [])[:position])
 
     def export(self, slot: int, tokens: int) -> Image:
         cells = self._cells.get(slot, [])

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 
 from edgellm.errors import UnsupportedModelError
 
+LOOKED_UP = "embd"
+"""llama.cpp's name for the rows that it looked up. There is such a node only for tokens."""
+BEFORE_NORM = "h_nextn"
+"""The name that some architectures give to the last layer's rows once more: it has no number."""
+
 
 class Support(enum.StrEnum):
     """How far an architecture is supported."""
@@ -61,6 +66,8 @@ class Window:
     full_first: bool = False
     default_size: int = 0
     """Tokens, where ``attention.sliding_window`` is absent; 0: then there is no window at all."""
+    both: bool = False
+    """A stage needs a layer without a window too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,19 @@ class ArchitectureRule:
     support: Support = Support.CUT
     reason: str = ""
     residual_node: str = "l_out"
-    """Graph node ``{residual_node}-{layer}`` that holds the rows a stage hands on."""
+    """Graph node ``{residual_node}-{layer}`` that holds the rows a stage hands on, or
+    ``BEFORE_NORM``."""
     input_node: str | None = None
     """Graph node that a later stage overwrites with the rows it received, because llama.cpp
     would change them on the way in (Gemma multiplies embeddings and rows alike)."""
+    fed_tokens: bool = False
+    """llama.cpp computes rows otherwise than tokens, as pictures: stages of several are fed tokens
+    and overwrite a node, the first one ``LOOKED_UP``, the others ``input_node``."""
+    token_layers_key: str | None = None
+    """Suffix of the number of leading layers that look at the tokens' ids: the first stage has
+    them all, and is fed the true ones."""
+    streams_key: str | None = None
+    """Suffix of the number of residual streams, side by side in the rows between stages."""
     scale: Scale = Scale.NONE
     default_scale: float = 0.0
     """The ``METADATA`` scale where the key is absent; 0: no scale."""
@@ -93,6 +109,21 @@ class ArchitectureRule:
     """Layer counts that change llama.cpp's arithmetic: a model or a span of so many is not cut."""
     overrides: tuple[tuple[str, int], ...] = ()
     """Metadata suffixes that a shard sets to a value, where the source has them."""
+    leaders: bool = False
+    """A layer whose flag in ``LEADERS_KEY`` is 0 uses what the one before it selected: no stage
+    begins with such a layer."""
+    leaders_from: int = 0
+    """Models trained for this context or more, and without that array, share in ways that only
+    llama.cpp's source tells: they are not cut. 0: without the array every layer selects."""
+    past_lead: bool = False
+    """A stage needs a layer after those that are counted in ``leading_dense_block_count``."""
+    needs_value: tuple[str, int] | None = None
+    """A stage needs a layer that has this number under this suffix: llama.cpp divides by what only
+    such layers have."""
+    zero_keys: tuple[str, ...] = ()
+    """Suffixes of numbers that say what all layers share: a model with any of it is not cut."""
+    needs_window: bool = False
+    """Without a sliding window llama.cpp treats the last layer of what it loads otherwise."""
 
 
 PER_LAYER_KEYS: tuple[str, ...] = (
@@ -104,6 +135,8 @@ PER_LAYER_KEYS: tuple[str, ...] = (
     "attention.sliding_window_pattern",
     "attention.recurrent_layers",
     "attention.rope_pattern",
+    "attention.indexer.types",
+    "attention.compress_ratios",
     "swiglu_clamp_exp",
     "swiglu_clamp_shexp",
 )
@@ -117,6 +150,12 @@ PER_LAYER_FULL_KEYS: tuple[str, ...] = (
 )
 """The same, without the architecture in front."""
 
+LEADERS_KEY = "attention.indexer.types"
+"""1 for a layer that selects by itself which tokens it attends to, 0 for one that follows."""
+
+DROPPED_KEYS: tuple[str, ...] = ("deepstack_mapping",)
+"""Suffixes that no shard takes over: which pictures' rows go into which layer."""
+
 WHOLE_ARRAY_KEYS: tuple[str, ...] = (
     "rope.dimension_sections",
     "classifier.output_labels",
@@ -126,13 +165,18 @@ WHOLE_ARRAY_KEYS: tuple[str, ...] = (
 _PLAIN = """
     llama deci falcon gptneox refact stablelm qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe phi2 phi3
     phimoe plamo codeshell orion internlm2 starcoder2 xverse dbrx olmo olmoe arctic deepseek
-    deepseek2-ocr chatglm glm4 glm4moe jais jais2 nemotron exaone chameleon bailingmoe
+    deepseek2-ocr chatglm glm4 glm4moe jais jais2 nemotron exaone bailingmoe
     bailingmoe2 dots1 arcee ernie4_5 hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 seed_oss grovemoe
     apertus minimax-m2 pangu-embedded mistral3 paddleocr maincoder
 """
 
 _TEXT_ONLY = (("n_deepstack_layers", 0),)
 _LITE = frozenset({26, 27, 47, 48})
+_STREAMS = "hyper_connection.count"
+_FROM_64 = frozenset(range(64, 513))
+_NEMOTRON = ArchitectureRule(
+    recurrence=Recurrence.NO_KV_HEADS_NO_FFN, residual_node="nemotron_h_block_out"
+)
 
 _RULED: dict[str, ArchitectureRule] = {
     "gemma": ArchitectureRule(input_node="inp_scaled", tied_only=True),
@@ -146,13 +190,68 @@ _RULED: dict[str, ArchitectureRule] = {
         scale=Scale.SQRT_WIDTH, window=Window(period=6), layer_counts=frozenset({62})
     ),
     "cohere2": ArchitectureRule(tied_only=True, window=Window(period=4)),
-    "command-r": ArchitectureRule(tied_only=True),
+    "command-r": ArchitectureRule(tied_only=True, layer_counts=_FROM_64),
     "bitnet": ArchitectureRule(tied_only=True),
     "openelm": ArchitectureRule(tied_only=True),
-    "plm": ArchitectureRule(tied_only=True),
     "olmo2": ArchitectureRule(window=Window(period=4)),
     "gpt-oss": ArchitectureRule(window=Window(period=2)),
     "mellum": ArchitectureRule(window=Window(period=4)),
+    "afmoe": ArchitectureRule(
+        input_node="inp_embd_scaled", window=Window(period=4), boundary_multiple=4
+    ),
+    "cohere2moe": ArchitectureRule(window=Window(period=4, full_first=True)),
+    "exaone-moe": ArchitectureRule(window=Window(period=4, default_size=128)),
+    "granite_swa": ArchitectureRule(scale=Scale.METADATA, window=Window(period=0)),
+    "laguna": ArchitectureRule(window=Window(period=4, full_first=True)),
+    "llama4": ArchitectureRule(
+        window=Window(period=4, default_size=8192),
+        needs_window=True,
+        boundary_multiple=4,
+        boundary_step_key="interleave_moe_layer_step",
+    ),
+    "maple": ArchitectureRule(window=Window(period=0)),
+    "mimo2": ArchitectureRule(window=Window(period=0)),
+    "muse-glimmer": ArchitectureRule(input_node="embd_norm", window=Window(period=4)),
+    "plamo3": ArchitectureRule(window=Window(period=8)),
+    "smallthinker": ArchitectureRule(
+        window=Window(period=4, full_first=True),
+        boundary_multiple=4,
+        layer_counts=frozenset({4}),
+    ),
+    "spark2_5": ArchitectureRule(window=Window(period=0)),
+    "gemma4": ArchitectureRule(
+        scale=Scale.SQRT_WIDTH,
+        window=Window(period=0, both=True),
+        zero_keys=("embedding_length_per_layer_input", "attention.shared_kv_layers"),
+    ),
+    "step35": ArchitectureRule(residual_node=BEFORE_NORM, window=Window(period=0)),
+    "gpt2": ArchitectureRule(input_node="inpL"),
+    "starcoder": ArchitectureRule(input_node="inpL"),
+    "mpt": ArchitectureRule(input_node="inpL"),
+    "bloom": ArchitectureRule(input_node="inp_norm-0"),
+    "cogvlm": ArchitectureRule(input_node=LOOKED_UP, fed_tokens=True),
+    "hy_v4": ArchitectureRule(input_node="hc_init", streams_key=_STREAMS, leaders=True),
+    "glm5-next": ArchitectureRule(
+        input_node="hc_init",
+        streams_key=_STREAMS,
+        leaders=True,
+        recurrence=Recurrence.NO_KV_HEADS,
+    ),
+    "deepseek4": ArchitectureRule(
+        residual_node="l_last",
+        input_node="hc_init",
+        fed_tokens=True,
+        token_layers_key="hash_layer_count",
+        streams_key=_STREAMS,
+        window=Window(period=0),
+        needs_value=("attention.compress_ratios", 4),
+    ),
+    "baichuan": ArchitectureRule(layer_counts=frozenset({32, 40})),
+    "exaone4": ArchitectureRule(layer_counts=frozenset({64})),
+    "deepseek32": ArchitectureRule(),
+    "glm-dsa": ArchitectureRule(leaders=True, leaders_from=1 << 20),
+    "dots3note": ArchitectureRule(window=Window(period=0, both=True)),
+    "minimax-m3": ArchitectureRule(past_lead=True),
     "grok": ArchitectureRule(scale=Scale.METADATA, default_scale=78.38367176906169),
     "minicpm": ArchitectureRule(scale=Scale.METADATA, default_scale=12.0, depth_scale=1.4),
     "granite": ArchitectureRule(scale=Scale.METADATA),
@@ -170,27 +269,26 @@ _RULED: dict[str, ArchitectureRule] = {
     "jamba": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS),
     "lfm2": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS, final_norm="token_embd_norm"),
     "lfm2moe": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS, final_norm="token_embd_norm"),
-    "nemotron_h": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS_NO_FFN),
-    "nemotron_h_moe": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS_NO_FFN),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON,
     "qwen3next": ArchitectureRule(recurrence=Recurrence.INTERVAL),
     "qwen35": ArchitectureRule(recurrence=Recurrence.INTERVAL),
     "qwen35moe": ArchitectureRule(recurrence=Recurrence.INTERVAL),
-    "minimax-01": ArchitectureRule(recurrence=Recurrence.INTERVAL),
+    "plamo2": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS, residual_node="ffn_residual"),
+    "kimi-linear": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS),
+    "bailingmoe3": ArchitectureRule(recurrence=Recurrence.NO_KV_HEADS),
 }
 
 _SOLO_REASONS: dict[str, str] = {
-    "it adds position embeddings at its input": "gpt2 starcoder",
-    "it normalises its input again in every stage": "bloom rwkv6",
-    "its graph depends on the index of a layer": "afmoe",
-    "a two-part run was close but not bit-equal": "mpt",
-    "its arithmetic depends on the number of layers": "baichuan exaone4 exaone-moe llama4 minicpm3",
-    "layers share values with the first layer": "rwkv6qwen2 rwkv7 arwkv7 gemma3n gemma4",
-    "layers share indexers or caches": "deepseek32 deepseek4 glm-dsa glm5-next dots3note hy_v4"
-    " qwen4exp minimax-m3",
-    "layers are looped or stacked by index": "hrm_text nanbeige kimi-k3 talkie",
-    "layer shapes come from the metadata of layer 0": "kimi-linear bailingmoe3",
-    "its cut has not been verified yet": "plamo2 plamo3 muse-glimmer cohere2moe laguna"
-    " smallthinker granite_swa graniteswitch maple mimo2 step35 spark2_5 cogvlm",
+    "it normalises its input again in every stage": "rwkv6",
+    "its arithmetic depends on the number of layers": "minicpm3 minimax-01",
+    "layers share values with the first layer": "rwkv6qwen2 rwkv7 arwkv7 gemma3n",
+    "a layer looks up embeddings of its own for runs of tokens": "qwen4exp",
+    "its layers are passed more than once": "hrm_text nanbeige",
+    "later layers read what went into earlier ones": "kimi-k3",
+    "every layer takes the model's input beside the layer before": "talkie",
+    "its graph names tokens of its vocabulary, which only the last stage has": "chameleon",
+    "its cut has not been verified yet": "graniteswitch plm",
 }
 
 _NO_TEXT = """

@@ -7,19 +7,25 @@ Sizes are bytes unless the name says otherwise; a *token* is one position of one
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 
 from edgellm.errors import ModelFileError, UsageError
 from edgellm.modelfile.architectures import ArchitectureRule, Support, architecture_rule
 from edgellm.modelfile.ggml_types import GGML_TYPES_BY_NAME
-from edgellm.modelfile.heads import head_size, kv_heads, needed_count, query_heads
+from edgellm.modelfile.heads import head_size, kv_heads, needed_count, query_heads, row_streams
 from edgellm.modelfile.layers import LayerKind, layer_kinds, legal_boundaries, span_problem
 from edgellm.modelfile.metadata import meta_string
 from edgellm.modelfile.model import Model, layer_of, open_model
-from edgellm.modelfile.recipe import EMBEDDING, HEAD, outer_tensors
+from edgellm.modelfile.recipe import EMBEDDING, HEAD, looks_at_tokens, outer_tensors
 from edgellm.modelfile.states import recurrent_state_bytes
-from edgellm.modelfile.work import LayerWeights, StageWork, layer_weights
+from edgellm.modelfile.work import (
+    KindWork,
+    LayerWeights,
+    StageWork,
+    layer_weights,
+    main_type,
+    summed_kinds,
+)
 from edgellm.types import EngineSettings, LayerSpan, Mode
 
 BASE_BYTES = 48 << 20
@@ -47,6 +53,8 @@ class LayerCard:
     """Weight bytes that one token reads: all but those of experts that are not in use."""
     active_elements: int
     """Weights of those that are in matrices."""
+    active_by_kind: tuple[KindWork, ...]
+    """The same two by element type."""
     heads: int
     """Query heads; 0 without attention."""
     k_elements: int
@@ -100,14 +108,19 @@ class ModelCard:
     """What the last of several stages holds beside its layers: head, norm, a placeholder."""
     inner_bytes: int
     """What every other of several stages holds beside its layers: next to nothing."""
+    first_bytes: int
+    """The same for the first of several: more where its layers look at the tokens' ids."""
     outer_bytes: int
     """Everything in the file that is not a layer's: what a process with the whole model holds."""
     largest_outer: int
     """Largest tensor of those."""
     head_read_bytes: int
     """What a row of logits reads: the head's matrix (the embedding's where the two are tied)."""
+    head_kind: str
+    """Its element type."""
     tied_head: bool
     n_embd: int
+    """Elements of the row that a stage hands on: all residual streams, where there are several."""
     n_vocab: int
     n_ff: int
     """Widest feed-forward layer (of one expert, where there are experts)."""
@@ -119,6 +132,8 @@ class ModelCard:
     boundaries: tuple[int, ...]
     """Layers at which the model may be cut in two; see also ``span_problem``."""
     model: Model
+    uncut: str = ""
+    """Why it is not cut as it is to be run, in words; empty: its architecture decides alone."""
 
     @property
     def n_layers(self) -> int:
@@ -130,6 +145,8 @@ class ModelCard:
         Hybrids need layers of both kinds in every stage, so two legal boundaries do not always
         bound a legal span.
         """
+        if self.uncut and len(span) < self.n_layers:
+            return self.uncut
         return span_problem(self.model, span)
 
     def span_bytes(self, span: LayerSpan) -> int:
@@ -181,13 +198,15 @@ class ModelCard:
             head_bytes=self.head_read_bytes if span.end == self.n_layers else 0,
             scan_bytes=scan_bytes,
             scan_flops=scan_flops,
+            by_kind=summed_kinds(layer.active_by_kind for layer in held),
+            head_kind=self.head_kind,
         )
 
     def kv_bytes(self, span: LayerSpan, settings: EngineSettings) -> int:
         """Bytes of the cache and the recurrent states that a stage allocates."""
         total = 0
         for layer in self._held(span):
-            cells = _cells(layer, settings) * settings.sequences
+            cells = settings.cells_of_all(_cells(layer, settings))
             one = LayerSpan(layer.index, layer.index + 1)
             total += cells * self.kv_bytes_per_token(settings.kv_type, one)
             total += layer.state_bytes * settings.sequences
@@ -207,7 +226,7 @@ class ModelCard:
         elif span.end == self.n_layers:
             weights += self.head_bytes
         else:
-            weights += self.inner_bytes
+            weights += self.inner_bytes if span.first else self.first_bytes
         if span.end == self.n_layers:
             # llama.cpp reads a tensor that it repacks into a staging copy of that one tensor, and
             # the head before the layers: by the time these are there, its copy is long gone.
@@ -232,7 +251,7 @@ class ModelCard:
         wide = 3 * self.n_ff * max(1, self.n_expert_used) + self.n_embd * self.n_expert_used
         cells = max((_cells(layer, settings) for layer in self._held(span)), default=0)
         if settings.mode is Mode.NORMAL:  # one cache for all sequences, and one mask over it
-            cells *= settings.sequences
+            cells = settings.cells_of_all(cells)
         layer_phase = settings.chunk * (4 * (wide + 4 * self.n_embd) + 2 * cells)
         if span.end < self.n_layers:
             return layer_phase
@@ -259,10 +278,9 @@ def _cells(layer: LayerCard, settings: EngineSettings) -> int:
 
 
 def _cells_read(layer: LayerCard, settings: EngineSettings, cached: int) -> int:
-    """KV cells that a token of ``layer`` looks at, rounded up as llama.cpp does."""
-    if not layer.attention:
-        return 0
-    return min(_cells(layer, settings), cached + -cached % _CELL_STEP)
+    """KV cells that a token of ``layer`` looks at. llama.cpp goes through them by the 256, but what
+    is masked costs next to nothing."""
+    return min(_cells(layer, settings), cached) if layer.attention else 0
 
 
 def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
@@ -287,6 +305,7 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
     outer = [s.info.nbytes for name, s in model.tensors.items() if layer_of(name) is None]
     cuttable = rule.support is Support.CUT
     tied = HEAD not in model.tensors or rule.tied_only
+    head = embedding if tied else model.tensor(HEAD).info
     experts_used = max(model.per_layer("expert_used_count") or [0])
     widths = model.per_layer("expert_feed_forward_length") if experts_used else None
     widths = widths or model.per_layer("feed_forward_length") or [0]
@@ -295,17 +314,19 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
         name=meta_string(model.metadata, "general.name") or model.paths[0].stem,
         architecture=model.architecture,
         digest=model.digest,
-        quantisation=_quantisation(model),
+        quantisation=main_type(model),
         file_bytes=model.file_bytes,
         layers=layers,
         embedding_bytes=embedding.nbytes,
         head_bytes=_outer_bytes(model, rule, last=True) if cuttable else sum(outer),
         inner_bytes=_outer_bytes(model, rule, last=False) if cuttable else sum(outer),
+        first_bytes=_outer_bytes(model, rule, last=False, first=True) if cuttable else sum(outer),
         outer_bytes=sum(outer),
         largest_outer=max(outer),
-        head_read_bytes=(embedding if tied else model.tensor(HEAD).info).nbytes,
+        head_read_bytes=head.nbytes,
+        head_kind=head.type.name,
         tied_head=tied,
-        n_embd=n_embd,
+        n_embd=n_embd * row_streams(model.metadata, model.architecture),
         n_vocab=embedding.shape[1],
         n_ff=max(widths),
         n_head=max(heads),
@@ -318,8 +339,9 @@ def read_card(source: Model | str | os.PathLike[str]) -> ModelCard:
     )
 
 
-def _outer_bytes(model: Model, rule: ArchitectureRule, *, last: bool) -> int:
-    return sum(tensor.layout.nbytes for tensor in outer_tensors(model, rule, last))
+def _outer_bytes(model: Model, rule: ArchitectureRule, *, last: bool, first: bool = False) -> int:
+    worded = first and looks_at_tokens(model, rule)
+    return sum(t.layout.nbytes for t in outer_tensors(model, rule, last, worded=worded))
 
 
 def _weights(model: Model) -> list[LayerWeights]:
@@ -353,6 +375,7 @@ def _layer_card(model: Model, index: int, kind: LayerKind, held: LayerWeights) -
         largest_tensor=held.largest,
         active_bytes=held.active_bytes,
         active_elements=held.active_elements,
+        active_by_kind=held.by_kind,
         heads=query_heads(model, index) if kind.attention else 0,
         k_elements=k_elements,
         v_elements=v_elements,
@@ -363,12 +386,3 @@ def _layer_card(model: Model, index: int, kind: LayerKind, held: LayerWeights) -
         window=kind.window,
         state_bytes=recurrent_state_bytes(model) if kind.recurrent else 0,
     )
-
-
-def _quantisation(model: Model) -> str:
-    """The type of most weight bytes in layers: 'q4_K' for the usual mixture Q4_K_M."""
-    weights: Counter[str] = Counter()
-    for name, source in model.tensors.items():
-        if layer_of(name) is not None:
-            weights[source.info.type.name] += source.info.nbytes
-    return weights.most_common(1)[0][0] if weights else "unknown"

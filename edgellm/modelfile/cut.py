@@ -32,6 +32,7 @@ __all__ = [
     "read_shard",
     "shard_recipe",
     "write_embedding",
+    "write_recipe",
     "write_shard",
 ]
 
@@ -43,7 +44,8 @@ ReadTensor = Callable[[str, int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """A shard on disk. ``residual_node`` and ``input_node``: see ``ArchitectureRule``."""
+    """A shard on disk. ``residual_node``, ``input_node`` and ``fed_tokens``: see
+    ``ArchitectureRule``."""
 
     path: Path
     model_digest: str
@@ -52,6 +54,7 @@ class ShardFile:
     layers: int
     residual_node: str
     input_node: str | None
+    fed_tokens: bool
     file_bytes: int
 
     @property
@@ -73,13 +76,17 @@ def cut(model: Model, span: LayerSpan, destination: Path) -> ShardFile:
 
 def write_shard(recipe: ShardRecipe, read: ReadTensor, destination: Path) -> ShardFile:
     """Write a shard whose tensors come from ``read``: a model on this disk, or any other source."""
-    write_atomically(destination, _chunks(recipe, read))
-    return read_shard(destination)
+    return read_shard(write_recipe(recipe, read, destination))
 
 
 def write_embedding(model: Model, destination: Path) -> Path:
     """Write the file of ``embedding_recipe`` to ``destination``."""
-    write_atomically(destination, _chunks(embedding_recipe(model), model.read))
+    return write_recipe(embedding_recipe(model), model.read, destination)
+
+
+def write_recipe(recipe: ShardRecipe, read: ReadTensor, destination: Path) -> Path:
+    """Write any recipe's file: that of an embedding, or of an adapter's part."""
+    write_atomically(destination, _chunks(recipe, read))
     return destination
 
 
@@ -104,6 +111,7 @@ def read_shard(path: Path) -> ShardFile:
         layers=layers,
         residual_node=residual,
         input_node=meta_string(header.metadata, "edgellm.shard.input_node"),
+        fed_tokens="edgellm.shard.fed_tokens" in header.metadata,
         file_bytes=header.file_size,
     )
 

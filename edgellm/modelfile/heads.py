@@ -5,10 +5,15 @@ This file may import the model. Every count is checked: ``ModelFileError`` with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edgellm.errors import ModelFileError, UnsupportedModelError
+from edgellm.modelfile.architectures import architecture_rule
+from edgellm.modelfile.metadata import MetaValue, meta_integer
 from edgellm.modelfile.model import Model
 
 _MAX_COUNT = 1 << 24
+_MAX_STREAMS = 64
 
 
 def needed_count(model: Model, suffix: str) -> int:
@@ -18,6 +23,19 @@ def needed_count(model: Model, suffix: str) -> int:
         field = model.key(suffix)
         raise ModelFileError(f"metadata {field!r} is {value}.", field=field)
     return value
+
+
+def row_streams(metadata: Mapping[str, MetaValue], architecture: str) -> int:
+    """Residual streams of a model or of its shard; a row between stages holds all of them."""
+    key = architecture_rule(architecture).streams_key
+    if key is None:
+        return 1
+    field = f"{architecture}.{key}"
+    count = meta_integer(metadata, field)
+    count = 1 if count is None else count
+    if not 0 < count <= _MAX_STREAMS:
+        raise ModelFileError(f"metadata {field!r} is {count}.", field=field)
+    return count
 
 
 def kv_heads(model: Model, index: int) -> int:

@@ -5,10 +5,12 @@ This file may import the model and the architecture rules. It is pure: it reads 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgellm.errors import ModelFileError, SplitError, UnsupportedModelError
 from edgellm.modelfile.architectures import (
+    LEADERS_KEY,
     ArchitectureRule,
     Recurrence,
     Support,
@@ -76,7 +78,8 @@ def _attention_flags(model: Model, rule: ArchitectureRule, recurrent: list[bool]
     if rule.recurrence is Recurrence.EVERY:
         return [True] * model.layers
     if rule.recurrence is Recurrence.NO_KV_HEADS_NO_FFN:
-        return [heads > 0 for heads in _kv_heads(model)]
+        widths = model.per_layer("feed_forward_length") or [0] * model.layers
+        return [h > 0 and w == 0 for h, w in zip(_kv_heads(model), widths, strict=True)]
     return [not flag for flag in recurrent]
 
 
@@ -109,7 +112,7 @@ def boundary_step(model: Model, rule: ArchitectureRule) -> int:
     """Boundaries must be multiples of this."""
     step = rule.boundary_multiple
     if rule.boundary_step_key is not None:
-        step *= max(1, model.integer(rule.boundary_step_key) or 1)
+        step = math.lcm(step, max(1, model.integer(rule.boundary_step_key) or 1))
     return step
 
 
@@ -125,13 +128,46 @@ def span_problem(model: Model, span: LayerSpan) -> str | None:
         return None
     if rule.support is Support.SOLO:
         return f"architecture {model.architecture!r} cannot be cut: {rule.reason}"
+    for suffix in rule.zero_keys:
+        if model.integer(suffix):
+            return f"{model.key(suffix)} is {model.integer(suffix)}: its layers share that"
     counts = {model.layers, len(span)} & rule.layer_counts
     if counts:
         return f"{model.architecture} with {counts.pop()} layers computes something else"
     step = boundary_step(model, rule)
     if span.first % step or (span.end % step and span.end != model.layers):
         return f"boundaries must be multiples of {step}"
-    return _kinds_problem(layer_kinds(model), rule, span)
+    if rule.needs_value is not None and not _holds(model, span, *rule.needs_value):
+        return f"a stage needs a layer with {rule.needs_value[1]} in {rule.needs_value[0]}"
+    looking = model.integer(rule.token_layers_key) if rule.token_layers_key is not None else 0
+    if 0 < span.first < (looking or 0):
+        return f"the first {looking} layers look at tokens, which only the first stage has"
+    dense = model.integer("leading_dense_block_count") or 0
+    if rule.past_lead and span.end <= dense:
+        return f"a stage needs more than the first {dense} layers"
+    return _leader_problem(model, rule, span) or _kinds_problem(layer_kinds(model), rule, span)
+
+
+def _holds(model: Model, span: LayerSpan, suffix: str, number: int) -> bool:
+    told = model.metadata.get(model.key(suffix))
+    return told is not None and told.is_array and number in told.items()[span.first : span.end]
+
+
+def _leader_problem(model: Model, rule: ArchitectureRule, span: LayerSpan) -> str | None:
+    """A layer that follows another's selection of tokens cannot be the first of a stage."""
+    if not rule.leaders:
+        return None
+    leads = model.per_layer(LEADERS_KEY)
+    if leads is None:
+        trained = model.integer("context_length") or 0
+        if rule.leaders_from and trained >= rule.leaders_from:
+            return "its file does not say which layers select tokens for others"
+        return None
+    kinds = layer_kinds(model)
+    attending = [layer for layer in range(span.first, span.end) if kinds[layer].attention]
+    if attending and not leads[attending[0]]:
+        return f"layer {attending[0]} uses the tokens that the one before it selected"
+    return None
 
 
 def _kinds_problem(
@@ -143,8 +179,12 @@ def _kinds_problem(
     without a full one.
     """
     held = kinds[span.first : span.end]
+    if rule.needs_window and all(kind.window is None for kind in kinds):
+        return "without a sliding window the last layer of a stage would be computed otherwise"
     if any(kind.window is not None for kind in kinds) and all(k.window is None for k in held):
         return "a stage needs at least one layer with a sliding window"
+    if rule.window is not None and rule.window.both and all(k.window is not None for k in held):
+        return "a stage needs at least one layer without a sliding window"
     if rule.recurrence in (Recurrence.NONE, Recurrence.ALL, Recurrence.EVERY):
         return None
     if not any(kind.attention for kind in held):

@@ -14,6 +14,8 @@ from types import MappingProxyType
 
 from edgellm.errors import ModelFileError, UnsupportedModelError
 from edgellm.modelfile.architectures import (
+    DROPPED_KEYS,
+    LOOKED_UP,
     PER_LAYER_FULL_KEYS,
     PER_LAYER_KEYS,
     WHOLE_ARRAY_KEYS,
@@ -32,6 +34,7 @@ from edgellm.types import LayerSpan
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 
+_HEADS = "attention.head_count"
 _KEPT_GENERAL = ("general.name", "general.file_type", "general.quantization_version")
 _ONE = struct.pack("<f", 1.0)
 _ZERO = b"\x00"
@@ -97,8 +100,10 @@ def shard_recipe(model: Model, span: LayerSpan) -> ShardRecipe:
         tensors = [_copied(source, name) for name, source in model.tensors.items()]
     else:
         last = span.end == model.layers
-        metadata = _metadata(model, span, rule, last)
-        tensors = [*outer_tensors(model, rule, last), *_layer_tensors(model, span)]
+        worded = last or (span.first == 0 and looks_at_tokens(model, rule))
+        metadata = _metadata(model, span, rule, worded)
+        outer = outer_tensors(model, rule, last, worded=worded)
+        tensors = [*outer, *_layer_tensors(model, span)]
     return ShardRecipe(
         model_digest=model.digest,
         span=span,
@@ -143,17 +148,20 @@ def embedding_scale(model: Model, rule: ArchitectureRule) -> float:
 
 
 def _metadata(
-    model: Model, span: LayerSpan, rule: ArchitectureRule, last: bool
+    model: Model, span: LayerSpan, rule: ArchitectureRule, worded: bool
 ) -> dict[str, MetaValue]:
     """The shard's metadata: the model's own, sliced, without tokenizer and split bookkeeping."""
     arch = model.architecture
-    kept = {key: _sliced(model, key, value, span) for key, value in _carried(model)}
-    kept.update(_no_tokenizer(model, last))
+    dropped = {model.key(suffix) for suffix in DROPPED_KEYS}
+    carried = [(key, value) for key, value in _carried(model) if key not in dropped]
+    kept = {key: _sliced(model, key, value, span) for key, value in carried}
+    kept.update(_no_tokenizer(model, worded))
     kept[f"{arch}.block_count"] = _u32(len(span))
-    dense = model.integer("leading_dense_block_count")
-    if dense is not None:
-        shifted = max(0, min(span.end, dense) - span.first)
-        kept[f"{arch}.leading_dense_block_count"] = _u32(shifted)
+    for suffix in ("leading_dense_block_count", rule.token_layers_key):
+        leading = None if suffix is None else model.integer(suffix)
+        if leading is not None:
+            shifted = max(0, min(span.end, leading) - span.first)
+            kept[f"{arch}.{suffix}"] = _u32(shifted)
     for suffix, number in (("nextn_predict_layers", 0), *rule.overrides):
         if f"{arch}.{suffix}" in kept:
             kept[f"{arch}.{suffix}"] = _u32(number)
@@ -171,7 +179,7 @@ def _whole_metadata(model: Model, span: LayerSpan, rule: ArchitectureRule) -> di
     """The model's own metadata, without tokenizer and split bookkeeping. Nothing else changes:
     llama.cpp scales the embeddings, counts the layers and finds their kinds by itself."""
     kept = dict(_carried(model))
-    kept.update(_no_tokenizer(model, last=True))
+    kept.update(_no_tokenizer(model, worded=True))
     kept.update(_description(model, span, rule))
     return kept
 
@@ -185,9 +193,15 @@ def _carried(model: Model) -> Iterator[tuple[str, MetaValue]]:
             yield key, value
 
 
-def _no_tokenizer(model: Model, last: bool) -> dict[str, MetaValue]:
-    """A vocabulary without words. llama.cpp sizes head and embedding by its number of tokens."""
-    vocabulary = model.tensor(EMBEDDING).info.shape[-1] if last else 1
+def looks_at_tokens(model: Model, rule: ArchitectureRule) -> bool:
+    """Whether the first stage computes with the ids of tokens, not with their embeddings alone."""
+    return rule.token_layers_key is not None and bool(model.integer(rule.token_layers_key))
+
+
+def _no_tokenizer(model: Model, worded: bool) -> dict[str, MetaValue]:
+    """A vocabulary without words. llama.cpp sizes head and embedding by its number of tokens,
+    which is 1 where a stage knows none (not ``worded``)."""
+    vocabulary = model.tensor(EMBEDDING).info.shape[-1] if worded else 1
     return {
         f"{model.architecture}.vocab_size": _u32(vocabulary),
         "tokenizer.ggml.model": scalar_value(ValueType.STRING, "none"),
@@ -203,8 +217,13 @@ def _description(model: Model, span: LayerSpan, rule: ArchitectureRule) -> dict[
         "edgellm.shard.layers": _u32(model.layers),
         "edgellm.shard.residual_node": scalar_value(ValueType.STRING, rule.residual_node),
     }
-    if rule.input_node is not None and span.first > 0:
-        found["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, rule.input_node)
+    node = rule.input_node
+    if span.first == 0:
+        node = LOOKED_UP if rule.fed_tokens and len(span) < model.layers else None
+    if node is not None:
+        found["edgellm.shard.input_node"] = scalar_value(ValueType.STRING, node)
+        if rule.fed_tokens:
+            found["edgellm.shard.fed_tokens"] = scalar_value(ValueType.BOOL, True)
     return found
 
 
@@ -223,12 +242,15 @@ def _u32(value: int) -> MetaValue:
 
 
 def _sliced(model: Model, key: str, value: MetaValue, span: LayerSpan) -> MetaValue:
-    """The part of a per-layer array that belongs to ``span``; anything else as it is."""
+    """The part of a per-layer array that belongs to ``span``; anything else as it is.
+
+    Some have more values than there are layers: llama.cpp itself writes as many as there can be.
+    """
     if value.element is None:
         return value
     suffix = key.removeprefix(f"{model.architecture}.")
     if suffix in PER_LAYER_KEYS or key in PER_LAYER_FULL_KEYS:
-        if value.count not in (model.layers, model.blocks):
+        if value.count < model.layers:
             raise ModelFileError(
                 f"metadata {key!r} holds {value.count} values for {model.layers} layers.",
                 field=key,
@@ -248,6 +270,13 @@ def _patterns(model: Model, span: LayerSpan, rule: ArchitectureRule) -> dict[str
     if size:
         key = model.key("attention.sliding_window_pattern")
         found[key] = _flags(windowed[span.first : span.end])
+    heads = model.metadata.get(model.key(_HEADS))
+    if rule.recurrence is not Recurrence.NONE and heads is not None and heads.is_array:
+        # Of a recurrent layer the number is not asked for, but of the shard's first layer it is,
+        # for the sizes of all heads.
+        counts = model.per_layer(_HEADS) or [0]
+        filled = [count or max(counts) for count in counts[span.first : span.end]]
+        found[model.key(_HEADS)] = array_value(ValueType.UINT32, filled)
     if rule.recurrence is Recurrence.INTERVAL:
         flags = recurrent_flags(model, rule)[span.first : span.end]
         found[model.key("attention.recurrent_layers")] = _flags(flags)
@@ -279,18 +308,23 @@ def _filled(name: str, shape: tuple[int, ...], pattern: bytes, kind: GgmlType = 
     return ShardTensor(TensorLayout(name, shape, kind, nbytes), source=None, pattern=pattern)
 
 
-def outer_tensors(model: Model, rule: ArchitectureRule, last: bool) -> Iterator[ShardTensor]:
+def outer_tensors(
+    model: Model, rule: ArchitectureRule, last: bool, *, worded: bool = False
+) -> Iterator[ShardTensor]:
     """What a shard holds beside its layers: head, final norm, rotary frequencies.
 
-    ``last``: for the last stage of several, which has the head; all others have the same.
+    ``last``: for the last stage of several, which has the head; all others have the same, but for
+    a first one that is ``worded``: it has placeholders for the whole vocabulary.
     """
     vocabulary = model.tensor(EMBEDDING).info.shape[-1]
     if last:
         yield from _head(model, rule)
     else:
-        yield _filled(EMBEDDING, (_width(model), 1), _ZERO)
+        words = vocabulary if worded else 1
+        kind = _smallest_type(_width(model)) if worded else F32
+        yield _filled(EMBEDDING, (_width(model), words), _ZERO, kind)
         if HEAD in model.tensors:
-            yield _filled(HEAD, (_width(model), 1), _ZERO)
+            yield _filled(HEAD, (_width(model), words), _ZERO, kind)
     for name, source in model.tensors.items():
         if layer_of(name) is not None or name in (EMBEDDING, HEAD):
             continue

@@ -20,6 +20,10 @@ def recurrent_state_bytes(model: Model) -> int:
     if short:
         return _FLOAT * width * max(0, short - 1)
     kernel = model.integer("ssm.conv_kernel") or 0
+    size = model.integer("kda.head_dim") or 0
+    if size:  # Kimi's delta attention: three convolutions, and one square matrix a head
+        heads = max(model.per_layer("attention.head_count") or [0])
+        return _FLOAT * heads * size * (3 * max(0, kernel - 1) + size)
     inner = model.integer("ssm.inner_size") or 0
     state = model.integer("ssm.state_size") or 0
     groups = model.integer("ssm.group_count") or 0

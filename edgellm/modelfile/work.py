@@ -7,12 +7,27 @@ a device is a planner's business; nothing here knows of devices.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgellm.modelfile.model import Model, TensorSource, layer_of
 
 _EXPERT_MARK = "_exps."
 """In the names of tensors that hold one matrix for each expert, the experts last in the shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class KindWork:
+    """What one token costs of the weights that have one element type: each type has kernels of its
+    own, and so a pace of its own."""
+
+    kind: str
+    """As ggml names it: ``q4_K``."""
+    nbytes: int
+    """That one token reads."""
+    elements: int
+    """Of those in matrices: each is one multiplication and one addition a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +46,10 @@ class StageWork:
     """KV cells that one token reads, and recurrent states that it reads and writes."""
     scan_flops: int = 0
     """Attention of one token over those cells."""
+    by_kind: tuple[KindWork, ...] = ()
+    """The weights of the layers by their type, where a file tells it: ``decode_bytes`` in all."""
+    head_kind: str = ""
+    """Type of the head's matrix; empty where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +63,8 @@ class LayerWeights:
     """Bytes that one token reads."""
     active_elements: int
     """Weights of those in matrices: each is one multiplication and one addition a token."""
+    by_kind: tuple[KindWork, ...] = ()
+    """The same two by element type, in the order of names."""
 
 
 def layer_weights(model: Model) -> list[LayerWeights | None]:
@@ -66,6 +87,7 @@ def layer_weights(model: Model) -> list[LayerWeights | None]:
 
 def _summed(tensors: list[tuple[str, TensorSource]], experts: int, used: int) -> LayerWeights:
     active_bytes = active_elements = 0
+    by_kind: dict[str, tuple[int, int]] = {}
     for name, source in tensors:
         shape, nbytes = source.info.shape, source.info.nbytes
         elements = math.prod(shape) if len(shape) > 1 else 0
@@ -73,5 +95,28 @@ def _summed(tensors: list[tuple[str, TensorSource]], experts: int, used: int) ->
             nbytes, elements = nbytes * used // experts, elements * used // experts
         active_bytes += nbytes
         active_elements += elements
+        kind = source.info.type.name
+        read, counted = by_kind.get(kind, (0, 0))
+        by_kind[kind] = read + nbytes, counted + elements
     sizes = [source.info.nbytes for _, source in tensors]
-    return LayerWeights(sum(sizes), max(sizes), active_bytes, active_elements)
+    kinds = tuple(KindWork(kind, *by_kind[kind]) for kind in sorted(by_kind))
+    return LayerWeights(sum(sizes), max(sizes), active_bytes, active_elements, kinds)
+
+
+def summed_kinds(layers: Iterable[tuple[KindWork, ...]]) -> tuple[KindWork, ...]:
+    """The work of several layers together, by element type."""
+    total: dict[str, tuple[int, int]] = {}
+    for layer in layers:
+        for one in layer:
+            read, counted = total.get(one.kind, (0, 0))
+            total[one.kind] = read + one.nbytes, counted + one.elements
+    return tuple(KindWork(kind, *total[kind]) for kind in sorted(total))
+
+
+def main_type(model: Model) -> str:
+    """The type of most weight bytes in layers: 'q4_K' for the usual mixture Q4_K_M."""
+    weights: Counter[str] = Counter()
+    for name, source in model.tensors.items():
+        if layer_of(name) is not None:
+            weights[source.info.type.name] += source.info.nbytes
+    return weights.most_common(1)[0][0] if weights else "unknown"

@@ -1,7 +1,15 @@
 """Which device runs which layers. Pure: offers and a model card in, a plan or an error out."""
 
 from edgellm.planner.cost import Prediction, StagePrediction
-from edgellm.planner.inputs import Constraints, DeviceOffer, ModelCard, StageMemory, StageWork
+from edgellm.planner.inputs import (
+    Constraints,
+    DeviceOffer,
+    KindWork,
+    ModelCard,
+    StageMemory,
+    StageWork,
+)
+from edgellm.planner.kinds import MEASURED_KINDS
 from edgellm.planner.manual import ManualStage, parse_stages
 from edgellm.planner.objective import Aim, Objective, parse_objective
 from edgellm.planner.plans import (
@@ -14,14 +22,17 @@ from edgellm.planner.plans import (
     replanned,
 )
 from edgellm.planner.reasons import LeftOut, Solo
-from edgellm.planner.speeds import DeviceSpeed, Link, Links, Workload
+from edgellm.planner.speeds import Attention, DeviceSpeed, Link, Links, Rates, Workload
 
 __all__ = [
+    "MEASURED_KINDS",
     "Aim",
+    "Attention",
     "Constraints",
     "DeviceOffer",
     "DeviceSpeed",
     "Explained",
+    "KindWork",
     "LeftOut",
     "Link",
     "Links",
@@ -30,6 +41,7 @@ __all__ = [
     "Objective",
     "Prediction",
     "Question",
+    "Rates",
     "Situation",
     "Solo",
     "StageMemory",

@@ -107,7 +107,7 @@ def read_cluster(text: str, source: str = "the cluster file") -> ClusterFile:
         pair = section.names("devices")
         for name in pair:
             if name not in ids:
-                raise UsageError(f"{section.where}: there is no device {name!r}{_like(name, ids)}.")
+                raise UsageError(f"{section.where}: there is no device {name!r}{_like(name, ids)}")
         link = section.link()
         known[ids[pair[0]], ids[pair[1]]] = known[ids[pair[1]], ids[pair[0]]] = link
     model, model_name = None, ""
@@ -129,9 +129,11 @@ def _devices(
         raise UsageError(f"{source} has no [[device]]: there is nothing to plan for.")
     for number, each in enumerate(tables, 1):
         section = _Section(each, f"{source}: [[device]] number {number}")
-        section.only(_DEVICE)
+        if "name" not in section.data:  # a slip in the name of the name
+            section.only(_DEVICE)
         name = section.text("name")
         section.where = f"{source}: device {name!r}"
+        section.only(_DEVICE)
         if not _NAME.fullmatch(name):
             raise UsageError(f"{section.where}: a name has no spaces, colons or commas.")
         count = section.whole("count", 1, low=1, high=MAX_DEVICES)
@@ -174,7 +176,7 @@ def _chosen_medium(section: _Section, media: Mapping[str, _Medium]) -> _Medium |
         return None
     name = section.text("link")
     if name not in media:
-        raise UsageError(f"{section.where}: there is no [link.{name}]{_like(name, media)}.")
+        raise UsageError(f"{section.where}: there is no [link.{name}]{_like(name, media)}")
     return media[name]
 
 
@@ -220,8 +222,9 @@ def _model(section: _Section) -> tuple[ModelSketch, str]:
 
 
 def _like(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about a name that is not known."""
     near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 class _Section:
@@ -236,7 +239,7 @@ class _Section:
     def only(self, known: Collection[str]) -> None:
         for key in self.data:
             if key not in known:
-                raise UsageError(f"{self.where}: {key!r} is not known{_like(key, known)}.")
+                raise UsageError(f"{self.where}: {key!r} is not known{_like(key, known)}")
 
     def mapping(self, key: str) -> dict[str, Any]:
         return _Section(self.data.get(key, {}), f"{self.where}: [{key}]").data

@@ -31,15 +31,12 @@ from numpy.typing import NDArray
 
 from edgellm.planner.inputs import DeviceOffer, SpanTable
 from edgellm.planner.objective import Objective
+from edgellm.planner.pace import Pace, Table
 from edgellm.planner.speeds import Links, Workload, settled_speeds
 from edgellm.types import Activations, DeviceId, LayerSpan
 
-Table = NDArray[np.float64]
 _OfPair = Callable[[int, int], float]
 
-HANDLING_S = 0.7e-3
-"""What a step costs a stage beside its engine: a node, a pipe, a stage process and their waking
-up. 2.0 ms for the two stages of a token measured, with what loopback and sampling took of it."""
 _SETTLES = 1e-9
 _ROW_SCALE_BYTES = 4
 _ACTIVATION_BYTES = {Activations.FLOAT32: 4, Activations.FLOAT16: 2}
@@ -139,11 +136,11 @@ class CostModel:
         self.objective = objective or Objective()
         self._weights = self.objective.weights(workload)
         self.speeds = settled_speeds([offer.speed for offer in offers])
-        self._work = _Work(spans, workload)
+        self._pace = Pace(spans, workload, self.speeds)
         per_row = _ACTIVATION_BYTES[spans.settings.activations] * spans.width + _ROW_SCALE_BYTES
         self._row_bytes = per_row
         ids = [offer.device_id for offer in offers]
-        self._between = [[links.between(sender, receiver) for receiver in ids] for sender in ids]
+        self._links = [[links.between(sender, receiver) for receiver in ids] for sender in ids]
         # A coordinator that is not known is as far from every device as an unknown link.
         self._enter = [
             (links.between(coordinator_id, one) if coordinator_id else links.default).one_way_s(0)
@@ -181,11 +178,11 @@ class CostModel:
 
     def hop_s(self, sender: int, receiver: int, tokens: float) -> float:
         """Rows of ``tokens`` tokens from one device to another."""
-        return self._between[sender][receiver].one_way_s(tokens * self._row_bytes)
+        return self._links[sender][receiver].one_way_s(tokens * self._row_bytes)
 
     def stream_s(self, sender: int, receiver: int) -> float:
         """How long a chunk keeps the link busy: the next one waits for as long."""
-        link = self._between[sender][receiver]
+        link = self._links[sender][receiver]
         return self.workload.chunk_tokens * self._row_bytes / link.bytes_per_s
 
     def busy_s(self, share: Share) -> float:
@@ -195,7 +192,7 @@ class CostModel:
     def busy_link_s(self, sender: int, receiver: int) -> float:
         """A whole request on a link."""
         rows = self.workload.prompt_tokens + self.workload.decoded
-        return rows * self._row_bytes / self._between[sender][receiver].bytes_per_s
+        return rows * self._row_bytes / self._links[sender][receiver].bytes_per_s
 
     # --- a plan -------------------------------------------------------------------------
 
@@ -323,47 +320,24 @@ class CostModel:
 
     @cached_property
     def _decode(self) -> Table:
-        rates = [speed.decode_bytes_per_s for speed in self.speeds]
-        work = self._work
-        return self._over(work.weights + work.scan_decode, rates) + self._head[:, None, :]
+        return self._between(self._pace.decode) + self._head[:, None, :]
 
     @cached_property
     def _chunk(self) -> Table:
-        tokens = self.workload.chunk_tokens
-        computed = [speed.prefill_flops_per_s / tokens for speed in self.speeds]
-        read = [speed.decode_bytes_per_s for speed in self.speeds]
         # A chunk of few tokens takes as long as reading the weights does.
-        work = self._work
-        return np.maximum(self._over(work.flops, computed), self._over(work.weights, read))
+        pace = self._pace
+        return np.maximum(self._between(pace.computed), self._between(pace.read))
 
     @cached_property
     def _head(self) -> Table:
         """[device, end]."""
         head = np.zeros((len(self.speeds), self.spans.pieces + 1))
-        head[:, -1] = [self._work.head / speed.decode_bytes_per_s for speed in self.speeds]
+        head[:, -1] = self._pace.head
         return head
 
-    def _over(self, amounts: Table, rates: Sequence[float]) -> Table:
-        """[device, first, end]: the work between two cuts at each device's rate, with what each
-        step costs beside it. ``amounts`` are running sums over the cuts."""
-        between = amounts[None, :] - amounts[:, None]
-        fixed = np.array([speed.step_overhead_s + HANDLING_S for speed in self.speeds])
-        seconds: Table = between[None] / np.array(rates)[:, None, None] + fixed[:, None, None]
+    def _between(self, before: Table) -> Table:
+        """[device, first, end]: seconds from one cut to another, with what each step costs beside
+        them. ``before`` are running sums over the cuts."""
+        fixed = np.array([speed.fixed_s for speed in self.speeds])
+        seconds: Table = before[:, None, :] - before[:, :, None] + fixed[:, None, None]
         return seconds
-
-
-class _Work:
-    """The work before each cut: running sums, so that a span is a difference."""
-
-    def __init__(self, spans: SpanTable, workload: Workload) -> None:
-        pieces = range(spans.pieces)
-        decode = [spans.work(piece, workload.cached_in_decode) for piece in pieces]
-        prefill = [spans.work(piece, workload.cached_in_prefill) for piece in pieces]
-        self.weights = _running([work.decode_bytes for work in decode])
-        self.scan_decode = _running([work.scan_bytes for work in decode])
-        self.flops = _running([work.prefill_flops + work.scan_flops for work in prefill])
-        self.head = decode[-1].head_bytes
-
-
-def _running(amounts: Sequence[int]) -> Table:
-    return np.concatenate(([0.0], np.cumsum(np.array(amounts, np.float64))))

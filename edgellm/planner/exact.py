@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.planner.cost import Share, Table
+from edgellm.planner.cost import Share
+from edgellm.planner.pace import Table
 from edgellm.planner.prices import Priced
 from edgellm.planner.tables import Answer, Limited, Tables
 

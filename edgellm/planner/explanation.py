@@ -83,6 +83,12 @@ def _limits(explained: Explained) -> list[str]:
     ]
     if full:
         said.append(f"Memory is what keeps more layers from {', '.join(full)}.")
+    chosen = {stage.device for stage in prediction.stages}
+    said += [
+        f"{offer.name} {offer.note}."
+        for offer in explained.question.offers
+        if offer.note and offer.name in chosen
+    ]
     return said
 
 

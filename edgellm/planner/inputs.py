@@ -28,8 +28,10 @@ class DeviceOffer:
     speed: DeviceSpeed | None = None
     """None: not measured."""
     apart_bytes: int = 0
-    """Of that memory, what a stage there was measured to hold beyond its prediction, such as a
-    larger compute buffer, or what the system is to keep."""
+    """Of that memory, what a stage process there was measured to hold beyond what a model's card
+    counts for it, or what the system is to keep."""
+    note: str = ""
+    """Why it offers less than it has, as people should hear it: goes on from its name."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 0:
@@ -49,6 +51,25 @@ class StageMemory(Protocol):
     @property
     def total(self) -> int:
         """Peak memory of the stage process, bytes."""
+        ...
+
+
+class KindWork(Protocol):
+    """What one token costs of the weights of one element type."""
+
+    @property
+    def kind(self) -> str:
+        """As ggml names it: ``q4_K``."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Weight bytes that one token reads."""
+        ...
+
+    @property
+    def elements(self) -> int:
+        """Weights of those in matrices: two operations a token each."""
         ...
 
 
@@ -78,6 +99,17 @@ class StageWork(Protocol):
     @property
     def scan_flops(self) -> int:
         """Attention over those cells."""
+        ...
+
+    @property
+    def by_kind(self) -> Sequence[KindWork]:
+        """``decode_bytes`` and ``prefill_flops`` by element type. What is missing of the two, or
+        all of them where nothing is told, counts as the usual mixture."""
+        ...
+
+    @property
+    def head_kind(self) -> str:
+        """Type of what a row of logits reads; empty: the usual mixture."""
         ...
 
 
@@ -155,6 +187,19 @@ class SpanTable:
             self._problems[first, end] = self._card.span_problem(self.span(first, end))
         return self._problems[first, end]
 
+    @property
+    def why_whole(self) -> str | None:
+        """Why the model cannot be cut anywhere; None where it can, or has a single layer."""
+        layers = self._card.n_layers
+        if self.pieces > 1:
+            return None
+        for cut in range(1, layers):
+            for part in (LayerSpan(0, cut), LayerSpan(cut, layers)):
+                problem = self._card.span_problem(part)
+                if problem is not None:
+                    return problem
+        return None
+
     def memory(self, first: int, end: int) -> int:
         """Predicted peak bytes of a stage from cut number ``first`` to cut number ``end``.
 
@@ -208,7 +253,10 @@ def check_offers(offers: Sequence[DeviceOffer]) -> None:
 
 def offered(offers: Iterable[DeviceOffer]) -> str:
     """ "a offers 512.0 MiB, b offers 64.0 MiB"."""
-    return ", ".join(f"{o.name} offers {mib(o.memory_bytes)}" for o in offers)
+    said = ", ".join(
+        f"{o.name} offers {mib(o.usable_bytes) if o.usable_bytes else 'no memory'}" for o in offers
+    )
+    return "; ".join([said, *(f"{o.name} {o.note}" for o in offers if o.note)])
 
 
 def mib(amount: int) -> str:

@@ -78,11 +78,15 @@ def _check_order(stages: Sequence[ManualStage]) -> None:
 
 
 def check_against(
-    stages: Sequence[ManualStage], devices: Sequence[str], cuts: Sequence[int]
+    stages: Sequence[ManualStage],
+    devices: Sequence[str],
+    cuts: Sequence[int],
+    uncut: str | None = None,
 ) -> tuple[tuple[str, int, int], ...]:
     """The stages as (device, first, end), every end known.
 
-    ``cuts`` are the layers where a stage may begin or end, from 0 to the number of layers.
+    ``cuts`` are the layers where a stage may begin or end, from 0 to the number of layers;
+    ``uncut`` says why there is none between, where that is so.
     Raises SplitError for unknown devices, layers beyond the model or left out, and illegal cuts.
     """
     layers = cuts[-1]
@@ -98,7 +102,10 @@ def check_against(
                 f" but the model has only {layers} layers (0-{layers})."
             )
         if end not in cuts:
-            raise SplitError(f"this model cannot be cut before layer {end}.", hint=_near(end, cuts))
+            why = f": {uncut}" if uncut else ""
+            raise SplitError(
+                f"this model cannot be cut before layer {end}{why}.", hint=_near(end, cuts)
+            )
         resolved.append((stage.device, stage.first, end))
     end = resolved[-1][2] if resolved else 0
     if end < layers:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgellm.planner.cost import Share, Table
+from edgellm.planner.cost import Share
+from edgellm.planner.pace import Table
 from edgellm.planner.tables import Found, Limited, Tables
 
 

@@ -42,8 +42,11 @@ _PROVEN = 1e-9
 """An exact answer is the best up to this part of it: rounding, no more."""
 _PRICE_STEPS = 20
 """Of the prices for the first try at some limits, doubled for each of the next."""
-_WIDTHS = (32, 64, 128, 256)
-"""Partial plans of the beam at each cut, for each try at the same limits."""
+_WIDTHS = ((32, 64, 128, 256, 512), (48, 96, 192, 384, 640))
+"""Partial plans of the beam at each cut, for each try at the same limits; and those of a second
+search where the first came to no good proof: what a beam drops at one width it keeps at another,
+and not only at a larger one."""
+_GOOD_PROOF = 0.01
 _BEAM_WORK = 0.5
 """A beam takes as long as so many steps of the prices, for each of the partial plans at a cut."""
 _ORDERS, _ORDER_WORK = 400, 0.15
@@ -91,18 +94,35 @@ def partition_by_speed(cost: CostModel, wanted: Wanted) -> Solution | None:
         return None
     tables = Tables(cost, wanted)
     if count > (EXACT_DEVICES if wanted.proof else _EXACT_ANYWAY):
-        return _descended(tables, _Many(tables, cost))
+        return _of_many(tables, cost)
     return _descended(tables, _Exact(tables))
 
 
 def partition_of_many(cost: CostModel, wanted: Wanted) -> Solution | None:
     """The same as it is done for many devices, however few there are: for tests of the bound."""
-    tables = Tables(cost, wanted)
-    return _descended(tables, _Many(tables, cost))
+    return _of_many(Tables(cost, wanted), cost)
+
+
+def _of_many(tables: Tables, cost: CostModel) -> Solution | None:
+    best: Found | None = None
+    least = 0.0
+    for widths in _WIDTHS:
+        found, bound = _Descent(tables, _Many(tables, cost, widths)).run()
+        least = max(least, bound)
+        if best is None or (found is not None and tables.value(found) < tables.value(best)):
+            best = found
+        if best is None or not tables.wanted.proof:
+            break
+        if tables.value(best) <= least * (1 + _GOOD_PROOF):
+            break
+    return _solution(tables, best, least)
 
 
 def _descended(tables: Tables, solver: _Solver) -> Solution | None:
-    found, least = _Descent(tables, solver).run()
+    return _solution(tables, *_Descent(tables, solver).run())
+
+
+def _solution(tables: Tables, found: Found | None, least: float) -> Solution | None:
     if found is None:
         return None
     return Solution(found.shares, max(0.0, min(least, tables.value(found)) - tables.slack))
@@ -284,13 +304,14 @@ class _Many:
 
     close = _CLOSE
 
-    def __init__(self, tables: Tables, cost: CostModel) -> None:
+    def __init__(self, tables: Tables, cost: CostModel, widths: tuple[int, ...]) -> None:
         self._tables = tables
         self._pricing = Pricing(tables)
+        self._widths = widths
         given = list(range(tables.count))
         by_rate = sorted(given, key=lambda at: -cost.speeds[at].decode_bytes_per_s)
         self._orders = [given, by_rate, _by_speed(tables)]
-        self.tries = len(_WIDTHS) if tables.wanted.proof else 1
+        self.tries = len(widths) if tables.wanted.proof else 1
         self._around: list[int] = []
         self._work = 0.0
         self._most = _MOST_WORK if tables.wanted.proof else _LEAST_WORK
@@ -321,7 +342,7 @@ class _Many:
             under = under if best is None else min(under, best.total)
         if tried:  # what is better by less than matters is in the way of a proof
             under = min(under, cutoff)
-        width = _WIDTHS[tried]
+        width = self._widths[tried]
         answer = beam(self._tables, limited, priced, under, width)
         self._work += _BEAM_WORK * width
         if answer.found is None and best is None:

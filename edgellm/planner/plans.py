@@ -179,7 +179,9 @@ def answered(question: Question, partition: Partition = partition_by_speed) -> E
     prediction, solo = cost.predict(shares), best_solo(cost, wanted)
     rest = left_out(cost, wanted, shares, partition)
     why = why_fastest(prediction, solo, rest, wanted.min_stages, question.objective)
-    plan = _plan(cost, shares, question.epoch, why)
+    if cost.spans.why_whole is not None:
+        why += f" The model is not split: {cost.spans.why_whole}."
+    plan = plan_of(cost, shares, question.epoch, why)
     return Explained(plan, prediction, solo, rest, question, cost.value(prediction), solution.least)
 
 
@@ -190,7 +192,7 @@ def _as_asked(question: Question, manual: Sequence[ManualStage]) -> Explained:
     number = {cut: at for at, cut in enumerate(spans.cuts)}
     shares = tuple(
         Share(by_name[device], number[first], number[end])
-        for device, first, end in check_against(manual, tuple(by_name), spans.cuts)
+        for device, first, end in check_against(manual, tuple(by_name), spans.cuts, spans.why_whole)
     )
     short = []
     for share in shares:
@@ -208,7 +210,7 @@ def _as_asked(question: Question, manual: Sequence[ManualStage]) -> Explained:
     if short:
         raise NoPlanError(f"the split asked for does not fit: {'; '.join(short)}.", hint=_HINT)
     prediction, solo = cost.predict(shares), best_solo(cost, Wanted())
-    plan = _plan(cost, shares, question.epoch, why_as_asked(prediction, solo))
+    plan = plan_of(cost, shares, question.epoch, why_as_asked(prediction, solo))
     return Explained(plan, prediction, solo, (), question, cost.value(prediction), None)
 
 
@@ -235,7 +237,8 @@ def replanned(
     )
 
 
-def _plan(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> Plan:
+def plan_of(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> Plan:
+    """The plan that gives these shares to the devices of a cost model."""
     spans = cost.spans
     stages = tuple(
         Stage(
@@ -249,6 +252,15 @@ def _plan(cost: CostModel, shares: Sequence[Share], epoch: Epoch, why: str) -> P
     return Plan(epoch=epoch, layers=spans.cuts[-1], stages=stages, settings=spans.settings, why=why)
 
 
+def _part_of(spans: SpanTable, piece: int) -> str:
+    """ "layer 3 alone needs", "layers 3 to 5, which cannot be cut, alone need"."""
+    span = spans.span(piece, piece + 1)
+    head = " with the head" if piece + 1 == spans.pieces else ""
+    if len(span) == 1:
+        return f"layer {span.first}{head} alone needs"
+    return f"layers {span.first} to {span.end - 1}{head}, which cannot be cut, alone need"
+
+
 def _no_plan(cost: CostModel, wanted: Wanted) -> NoPlanError:
     spans = cost.spans
     offers = [offer for at, offer in enumerate(cost.offers) if at not in wanted.forbidden]
@@ -259,8 +271,9 @@ def _no_plan(cost: CostModel, wanted: Wanted) -> NoPlanError:
     most = spans.most_stages()
     least = max(wanted.min_stages, len(wanted.required))
     if least > most:
+        because = f": {spans.why_whole}" if spans.why_whole else ""
         return NoPlanError(
-            f"{least} stages were asked for, but the model can be cut into {most} at most."
+            f"{least} stages were asked for, but the model can be cut into {most} at most{because}."
         )
     if least > len(offers):
         return NoPlanError(f"{least} stages were asked for, but there are {len(offers)} devices.")
@@ -268,15 +281,19 @@ def _no_plan(cost: CostModel, wanted: Wanted) -> NoPlanError:
     legal = [at for at in range(spans.pieces) if spans.problem(at, at + 1) is None]
     at = max(legal, key=lambda piece: spans.memory(piece, piece + 1), default=0)
     need = spans.memory(at, at + 1) if legal else 0
-    if need > largest.usable_bytes:
-        span = spans.span(at, at + 1)
-        numbers += (
-            f"; layers {span.first}-{span.end} cannot be cut and alone need {mib_needed(need)}"
-        )
+    if spans.why_whole is not None:
+        numbers += f"; it cannot be split: {spans.why_whole}"
+    elif need > largest.usable_bytes:
+        numbers += f"; {_part_of(spans, at)} {mib_needed(need)}"
+        numbers += ", more than any device offers" if len(offers) > 1 else ""
     elif least > 1:
         numbers += f"; no split into {least} stages or more fits"
+    elif len(offers) > 1:
+        together = sum(offer.usable_bytes for offer in offers)
+        numbers += f"; no split over their {mib(together)} fits"
     else:
-        numbers += "; no split over them fits"
+        short = spans.memory(0, spans.pieces) - largest.usable_bytes
+        numbers += f", {mib_needed(short)} too little"
     if wanted.required:
         names = ", ".join(cost.offers[at].name for at in sorted(wanted.required))
         numbers += f" with a stage on {names}"

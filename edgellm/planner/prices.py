@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgellm.planner.cost import Table
+from edgellm.planner.pace import Table
 from edgellm.planner.tables import Limited, Tables
 
 _Ints = NDArray[np.intp]

@@ -83,6 +83,8 @@ def _left_out(
             f"offers {mib(offer.usable_bytes)}, and the smallest stage needs"
             f" {mib_needed(int(least))}"
         )
+        if offer.note:
+            reason += f"; it {offer.note}"
         return LeftOut(offer.name, reason, None)
     if not tried:
         return LeftOut(offer.name, "would make answers no faster", None)

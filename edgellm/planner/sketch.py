@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from edgellm.errors import UsageError
-from edgellm.planner.inputs import StageMemory, StageWork
+from edgellm.planner.inputs import KindWork, StageMemory, StageWork
 from edgellm.types import EngineSettings, LayerSpan, Mode
 
 _BASE_BYTES = 48 << 20
@@ -44,6 +44,8 @@ class _Work:
     head_bytes: int
     scan_bytes: int
     scan_flops: int
+    by_kind: tuple[KindWork, ...] = ()
+    head_kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class ModelSketch:
         if span.end == self.n_layers:
             loading = max(loading, self._table_bytes - layers)
         cells = settings.context + -settings.context % _CELL_STEP
-        kv = len(span) * cells * settings.sequences * self._kv_bytes(settings)
+        total = settings.cells_of_all(cells)
+        kv = len(span) * total * self._kv_bytes(settings)
         used = max(1, self.experts_used)
         wide = 3 * self.n_ff * used + self.n_embd * self.experts_used + 4 * self.n_embd
-        masks = cells * (settings.sequences if settings.mode is Mode.NORMAL else 1)
+        masks = total if settings.mode is Mode.NORMAL else cells
         compute = settings.chunk * (4 * wide + 2 * masks)
         if span.end == self.n_layers:
             outputs = min(settings.chunk, settings.sequences)
@@ -113,7 +116,7 @@ class ModelSketch:
         return _Memory(base + weights + max(kv + compute, loading))
 
     def stage_work(self, span: LayerSpan, settings: EngineSettings, cached: int) -> StageWork:
-        cells = min(settings.context, cached) + -min(settings.context, cached) % _CELL_STEP
+        cells = min(settings.context + -settings.context % _CELL_STEP, cached)
         head = self._table_bytes if span.end == self.n_layers else 0
         return _Work(
             decode_bytes=len(span) * self._bytes(self._active),

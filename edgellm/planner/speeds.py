@@ -13,6 +13,7 @@ from statistics import median
 from types import MappingProxyType
 
 from edgellm.errors import UsageError
+from edgellm.planner.kinds import nearest_kind
 from edgellm.types import DeviceId
 
 
@@ -21,21 +22,73 @@ def _check(name: str, value: float, *, positive: bool) -> None:
         raise UsageError(f"{name} {value} cannot be.")
 
 
+HANDLING_S = 0.7e-3
+"""What a step costs a stage beside its engine, where that was not measured: a node, a pipe, a stage
+process and their waking up."""
+
+
 @dataclass(frozen=True, slots=True)
-class DeviceSpeed:
-    """What one device's stage process achieves. Raises UsageError for what no device can be."""
+class Rates:
+    """How fast weights of one kind are. Raises UsageError for what cannot be."""
 
     decode_bytes_per_s: float
     """Weight bytes streamed a second while one token a step is computed."""
     prefill_flops_per_s: float
     """Two for each weight and token, a second, in a chunk of a prompt."""
-    step_overhead_s: float = 0.0
-    """What each call of the engine costs beside that."""
 
     def __post_init__(self) -> None:
         for name in ("decode_bytes_per_s", "prefill_flops_per_s"):
             _check(name, getattr(self, name), positive=True)
-        _check("step_overhead_s", self.step_overhead_s, positive=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Operations a second over the KV cells. Raises UsageError for what cannot be."""
+
+    decode_flops_per_s: float
+    """Of one token's query heads."""
+    prefill_flops_per_s: float
+    """Of a chunk's."""
+
+    def __post_init__(self) -> None:
+        for name in ("decode_flops_per_s", "prefill_flops_per_s"):
+            _check(name, getattr(self, name), positive=True)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpeed:
+    """What one device's stage process achieves. Raises UsageError for what no device can be."""
+
+    decode_bytes_per_s: float
+    """Weight bytes streamed a second while one token a step is computed: of the usual mixture of
+    types, Q4_K_M."""
+    prefill_flops_per_s: float
+    """Two for each weight and token, a second, in a chunk of a prompt."""
+    step_overhead_s: float = 0.0
+    """What each call of the engine costs beside that."""
+    handling_s: float = HANDLING_S
+    """What a step costs a stage beside its engine."""
+    kinds: tuple[tuple[str, Rates], ...] = ()
+    """The rates of single types, of those that were measured."""
+    attention: Attention | None = None
+    """None: cells are read like weights, and attended to at the rate of prompts."""
+
+    def __post_init__(self) -> None:
+        for name in ("decode_bytes_per_s", "prefill_flops_per_s"):
+            _check(name, getattr(self, name), positive=True)
+        for name in ("step_overhead_s", "handling_s"):
+            _check(name, getattr(self, name), positive=False)
+
+    @property
+    def fixed_s(self) -> float:
+        """Of each step, whatever it computes."""
+        return self.step_overhead_s + self.handling_s
+
+    def rates(self, kind: str) -> Rates:
+        """For weights of a type: its own, those of the type most like it, or the mixture's."""
+        measured = dict(self.kinds)
+        found = measured.get(kind) or measured.get(nearest_kind(kind))
+        return found or Rates(self.decode_bytes_per_s, self.prefill_flops_per_s)
 
 
 DEFAULT_SPEED = DeviceSpeed(
@@ -50,7 +103,7 @@ class Link:
     """One direction between two devices. Raises UsageError for what no link can be."""
 
     round_trip_s: float
-    """Of a message of one token's size."""
+    """Of a message of next to no size: what its bytes take comes on top."""
     bytes_per_s: float
 
     def __post_init__(self) -> None:
@@ -136,5 +189,32 @@ def settled_speeds(told: Sequence[DeviceSpeed | None]) -> list[DeviceSpeed]:
         median(speed.decode_bytes_per_s for speed in measured),
         median(speed.prefill_flops_per_s for speed in measured),
         median(speed.step_overhead_s for speed in measured),
+        median(speed.handling_s for speed in measured),
+        tuple((kind, _middle_rates(measured, kind)) for kind in _kinds_of(measured)),
+        _middle_attention(measured),
     )
     return [speed or middle for speed in told]
+
+
+def _kinds_of(measured: Sequence[DeviceSpeed]) -> list[str]:
+    return sorted({kind for speed in measured for kind, _ in speed.kinds})
+
+
+def _middle_rates(measured: Sequence[DeviceSpeed], kind: str) -> Rates:
+    """Of all devices, those included that know the type only by another: a median over some of
+    them could be above that over all."""
+    rates = [speed.rates(kind) for speed in measured]
+    return Rates(
+        median(one.decode_bytes_per_s for one in rates),
+        median(one.prefill_flops_per_s for one in rates),
+    )
+
+
+def _middle_attention(measured: Sequence[DeviceSpeed]) -> Attention | None:
+    known = [speed.attention for speed in measured if speed.attention is not None]
+    if not known:
+        return None
+    return Attention(
+        median(one.decode_flops_per_s for one in known),
+        median(one.prefill_flops_per_s for one in known),
+    )

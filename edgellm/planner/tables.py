@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from edgellm.planner.cost import CostModel, Share, Table
+from edgellm.planner.cost import CostModel, Share
+from edgellm.planner.pace import Table
 
 STAGE_TIE_S = 1e-6
 LOAD_TIE_S = 1e-7

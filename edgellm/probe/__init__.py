@@ -4,8 +4,15 @@
 what crashes is not ours; ``measure`` asks it and computes; ``machine`` keeps the result.
 """
 
-from edgellm.probe.conditions import Conditions, read_conditions
+from edgellm.probe.conditions import Conditions, battery_note, read_conditions
 from edgellm.probe.figures import DeviceFigures
 from edgellm.probe.machine import Probed, device_figures
 
-__all__ = ["Conditions", "DeviceFigures", "Probed", "device_figures", "read_conditions"]
+__all__ = [
+    "Conditions",
+    "DeviceFigures",
+    "Probed",
+    "battery_note",
+    "device_figures",
+    "read_conditions",
+]

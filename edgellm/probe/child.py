@@ -19,11 +19,13 @@ from edgellm.engine.base import SlotRow, StageConfig
 from edgellm.engine.childmessages import Answer, answer_calls
 from edgellm.engine.childside import open_channel
 from edgellm.engine.llama import LlamaEngine
+from edgellm.engine.server import resident_peak
 from edgellm.errors import StageError
+from edgellm.probe.limits import processor_share
 from edgellm.probe.synthetic import BlockShape, write_block
 from edgellm.types import EngineSettings, LayerSpan, Weights
 
-CONTEXT = 256
+_NEAR_STEPS = 8
 _DISK_PIECE = 4 << 20
 
 
@@ -32,7 +34,8 @@ class Block:
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         path = Path(request["path"])
-        shape = BlockShape(*request["shape"])
+        width, feed_forward, layers, usual, better = request["shape"]
+        shape = BlockShape(width, feed_forward, layers, (usual, better))
         write_block(path, shape)
         self._width = shape.width
         self._engine = LlamaEngine(
@@ -43,7 +46,7 @@ class Block:
                 width=self._width,
                 vocab=1,
                 settings=EngineSettings(
-                    context=CONTEXT,
+                    context=int(request["context"]),
                     chunk=int(request["chunk"]),
                     threads=int(request["threads"]),
                     weights=Weights.PLAIN if request["plain"] else Weights.REPACKED,
@@ -52,35 +55,75 @@ class Block:
             )
         )
         path.unlink()  # what the system has not written to the disk yet, it need not
+        share = processor_share()
+        self._share = share if share is not None and share < int(request["threads"]) else None
         self._random = np.random.default_rng(0)
         self._position = 0
 
     def timed(self, tokens: int) -> float:
-        """Seconds of one decode call of ``tokens`` tokens, behind those of the calls before."""
-        if self._position + tokens > CONTEXT:
-            self._engine.clear(0)
-            self._position = 0
+        """Seconds of one decode call of ``tokens`` tokens, behind those of the calls before.
+
+        Where there is less processor time than threads want, a limit lets some calls through
+        untouched and stops others in their middle: there it is the time used by what there is.
+        """
         hidden = self._random.standard_normal((tokens, self._width), np.float32)
         row = SlotRow(slot=0, position=self._position, count=tokens, output=False)
         self._position += tokens
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         self._engine.decode([row], None, hidden)
-        return time.perf_counter() - started
+        seconds, used = time.perf_counter() - started, time.process_time() - used
+        return seconds if self._share is None else used / self._share
+
+    @property
+    def position(self) -> int:
+        """Tokens that the next one is behind."""
+        return self._position
+
+    def rewind(self) -> None:
+        """Forget all tokens."""
+        self._engine.clear(0)
+        self._position = 0
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def time_calls(block: Block, request: Mapping[str, Any]) -> Answer:
     """``warm`` calls unseen, then up to ``count`` calls, but no more after ``within_s`` if there
-    are ``least`` already."""
+    are ``least`` already. All at the beginning of a sequence: attention is timed by itself."""
     tokens, least = int(request["tokens"]), int(request["least"])
     for _ in range(request["warm"]):
+        block.rewind()
         block.timed(tokens)
     seconds: list[float] = []
     until = time.perf_counter() + float(request["within_s"])
     while len(seconds) < request["count"]:
         if len(seconds) >= least and time.perf_counter() >= until:
             break
+        block.rewind()
         seconds.append(block.timed(tokens))
     return {"seconds": seconds}
+
+
+def time_attention(block: Block, request: Mapping[str, Any]) -> Answer:
+    """Steps and chunks right at the beginning of a sequence, and ``far`` tokens on; so often, but
+    once only where ``within_s`` has passed. With each: how many tokens lay before it."""
+    chunk, far = int(request["tokens"]), int(request["far"])
+    steps: list[tuple[int, float]] = []
+    chunks: list[tuple[int, float]] = []
+    until = time.perf_counter() + float(request["within_s"])
+    for _ in range(request["rounds"]):
+        block.rewind()
+        block.timed(chunk)
+        block.rewind()
+        for begin in (0, far):
+            while block.position < begin:
+                block.timed(chunk)
+            chunks.append((block.position, block.timed(chunk)))
+            steps += [(block.position, block.timed(1)) for _ in range(_NEAR_STEPS)]
+        if time.perf_counter() >= until:
+            break
+    return {"steps": steps, "chunks": chunks}
 
 
 def time_disk(request: Mapping[str, Any]) -> Answer:
@@ -140,10 +183,32 @@ def main() -> None:
         blocks[request["block"]] = Block(request)
         return {}
 
+    def unload(request: Mapping[str, Any]) -> Answer:
+        blocks.pop(request["block"]).close()
+        return {}
+
     def run(request: Mapping[str, Any]) -> Answer:
         return time_calls(blocks[request["block"]], request)
 
-    answer_calls(channel, {"pin": pin, "load": load, "run": run, "disk": time_disk})
+    def attend(request: Mapping[str, Any]) -> Answer:
+        return time_attention(blocks[request["block"]], request)
+
+    def resident(_request: Mapping[str, Any]) -> Answer:
+        """Most bytes that this process has held so far."""
+        return {"bytes": resident_peak()}
+
+    answer_calls(
+        channel,
+        {
+            "resident": resident,
+            "pin": pin,
+            "load": load,
+            "unload": unload,
+            "run": run,
+            "attend": attend,
+            "disk": time_disk,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from edgellm.errors import DeviceError, EdgeError
 from edgellm.modelfile.writer import write_atomically
 from edgellm.probe.conditions import read_conditions
 from edgellm.probe.figures import DeviceFigures
+from edgellm.probe.limits import memory_left, processor_share
 from edgellm.probe.measure import FOLDER_PREFIX, USUAL, Effort, measure
 from edgellm.probe.synthetic import BlockShape
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Raise it when figures of older probes no longer mean the same."""
 FRESH_S = 30 * 24 * 3600.0
 NOISY_FRESH_S = 3600.0
@@ -75,7 +76,7 @@ async def device_figures(
     """The figures of a stage process with ``threads`` threads on this machine.
 
     From ``folder`` (made if missing; all nodes of a user should name the same one) where they are
-    there, fit and are not too old, else measured now, which takes some three seconds and all of
+    there, fit and are not too old, else measured now, which takes some six seconds and all of
     these threads. ``refresh`` measures anew. ``memory_bytes`` is what may be taken, by default a
     half of what is free. ``effort`` and ``shape`` are for tests. Raises nothing but cancellation.
     """
@@ -88,7 +89,9 @@ async def device_figures(
     if not refresh and (known := _read(path, key, asked)) is not None:
         return Probed(known, cached=True)
     if memory_bytes is None:
-        memory_bytes = psutil.virtual_memory().available // 2
+        within = memory_left()
+        free = psutil.virtual_memory().available
+        memory_bytes = (free if within is None else min(free, within)) // 2
     try:
         async with _turn(folder):
             known = _read(path, key, time.time())
@@ -130,8 +133,14 @@ def machine_key(engine: str, threads: int, pinned: int) -> Key:
         "cores": os.cpu_count() or 0,
         "threads": threads,
         "pinned": pinned,
+        "share": f"{processor_share() or 0:.2f}",  # a container's processor time
         "power": "battery" if on_mains is False else "mains",  # many throttle on battery
     }
+
+
+def conditions_key(threads: int, pin: Sequence[int]) -> str:
+    """Changes with what figures depend on: the power, a container's limit, the engine."""
+    return _digest(machine_key(engine_version() or "", threads, len(pin)))
 
 
 def _machine_digest() -> str:

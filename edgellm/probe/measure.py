@@ -14,20 +14,46 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgellm.engine.childcall import ChildCaller
 from edgellm.engine.host import stage_environment
 from edgellm.errors import DeadlineError, DeviceError
-from edgellm.probe.figures import DeviceFigures, Timings, better_figures
-from edgellm.probe.synthetic import BARE, BlockShape, shape_for
+from edgellm.planner import MEASURED_KINDS
+from edgellm.probe.figures import (
+    AttentionTimings,
+    DeviceFigures,
+    KindFigures,
+    KindTimings,
+    Timings,
+    attention_rates,
+    better_figures,
+    kind_figures,
+    rounded,
+    undisturbed,
+)
+from edgellm.probe.handling import time_handling, usual_handling
+from edgellm.probe.synthetic import (
+    ATTENTION,
+    BARE,
+    HEAD_SIZE,
+    BlockShape,
+    shape_for,
+    shape_of_kind,
+)
 
 CHILD_MODULE = "edgellm.probe.child"
 FOLDER_PREFIX = "probe-"
 REPACKED, PLAIN = "repacked", "plain"
 CHUNK = 64
 """Tokens in a prefill call."""
+USUAL_PROCESS_BYTES = 60 << 20
+"""Of the probe's process with next to no model, on x86-64 Linux: where that of a stage was measured
+for the cards of models, and with some MiB between one run and another."""
+FAR = 768
+"""Tokens before those that attention is timed with."""
+_STEPS_CONTEXT, _FAR_CONTEXT = 256, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +61,28 @@ class Effort:
     """How much is spent on a probe."""
 
     rounds: int = 3
+    rounds_within_s: float = 5.0
+    """No further round is begun after so long."""
     steps: int = 16
     """Decode steps in a round, at most; three are always made."""
     steps_within_s: float = 0.15
     chunks: int = 3
     """Prefill calls in a round, at most; one is always made."""
     chunks_within_s: float = 0.2
+    kinds: tuple[str, ...] = MEASURED_KINDS
+    """Types of weights that are measured one by one."""
+    kind_rounds: int = 2
+    kind_steps_within_s: float = 0.08
+    kinds_within_s: float = 8.0
+    """No further type is begun after so long: a plan then has the most like it, or the mixture."""
+    attention_rounds: int = 2
+    attention_within_s: float = 1.0
+    handling_rows: int = 25
+    handling_within_s: float = 4.0
     disk_bytes: int = 8 << 20
     disk_within_s: float = 4.0
-    within_s: float = 16.0
-    """After that, and the disk's time, it is given up."""
+    within_s: float = 30.0
+    """After that, the mixture not being measured, it is given up."""
 
 
 USUAL = Effort()
@@ -66,18 +104,27 @@ async def measure(
     Raises StageError with the reason when the engine fails, DeadlineError after
     ``effort.within_s``, DeviceError when the folder takes no files.
     """
-    if shape is None:
-        # The file in the system's cache, two copies of it, and what the process itself needs.
-        shape = shape_for(memory_bytes // 5, last_level_cache_bytes())
+    cache_bytes = last_level_cache_bytes()
+    # The file in the system's cache, two copies of it, and what the process itself needs.
+    each_bytes = memory_bytes // 5
+    chosen = shape or shape_for(each_bytes, cache_bytes)
     try:
         with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=folder) as files:
             environment = stage_environment()  # it is a stage process that is to be measured
             child = await ChildCaller.start(CHILD_MODULE, name="the probe", environment=environment)
+            bench = _Bench(child, Path(files), threads, effort)
             try:
                 async with asyncio.timeout(effort.within_s):
-                    repacked, plain = await _timings(
-                        child, Path(files), shape, threads, pin, effort
-                    )
+                    await child.call("pin", effort.within_s, processors=list(pin))
+                    repacked, plain = await bench.mixture(chosen)
+                found = better_figures(repacked, plain, threads=threads, now=time.time())
+                found = replace(found, extra_bytes=bench.extra_bytes)
+                overhead = undisturbed(repacked.bare_steps)
+                with contextlib.suppress(DeviceError):  # what is known so far is enough for a plan
+                    # A block that was asked for is small, and so are those of the types then.
+                    room = shape.weight_bytes if shape else each_bytes
+                    shapes = [shape_of_kind(kind, room, cache_bytes) for kind in effort.kinds]
+                    found = await bench.details(found, shapes, overhead)
                 disk = await _disk_rate(child, Path(files), effort)
             finally:
                 await child.stop()  # before its files go
@@ -88,68 +135,153 @@ async def measure(
             f"the probe has no place for its files in {folder}: {error.strerror or error}.",
             hint="Check the free space and the permissions of that folder.",
         ) from error
-    return better_figures(repacked, plain, disk_bytes_per_s=disk, threads=threads, now=time.time())
+    found = replace(found, handling_s=await _handling(pin, effort))
+    return replace(found, disk_bytes_per_s=None if disk is None else rounded(disk))
 
 
-async def _timings(
-    child: ChildCaller,
-    files: Path,
-    shape: BlockShape,
-    threads: int,
-    pin: Sequence[int],
-    effort: Effort,
-) -> tuple[Timings, Timings]:
-    """Of the block as llama.cpp rearranges it, and as it is in the file."""
-    limit = effort.within_s
-    await child.call("pin", limit, processors=list(pin))
-    for name, made in (("bare", BARE), (REPACKED, shape), (PLAIN, shape)):
-        await child.call(
-            "load",
-            limit,
-            block=name,
-            path=str(files / name),
-            shape=[made.width, made.feed_forward, made.layers],
-            threads=threads,
-            chunk=CHUNK,
-            plain=name == PLAIN,
+async def _handling(pin: Sequence[int], effort: Effort) -> float | None:
+    """None where it cannot be told: a constant then stands for it."""
+    if not effort.handling_rows:
+        return None
+    try:
+        taken = await time_handling(
+            pin, rows=effort.handling_rows, within_s=effort.handling_within_s
         )
+    except (DeviceError, TimeoutError):
+        return None
+    return rounded(usual_handling(taken))
 
-    async def seconds(block: str, tokens: int, least: int, most: int, within_s: float) -> None:
-        answer = await child.call(
-            "run",
-            limit,
-            block=block,
-            tokens=tokens,
-            warm=2 if tokens == 1 else 0,
-            least=least,
-            count=most,
-            within_s=within_s,
-        )
-        taken[block, tokens].extend(answer["seconds"])
 
-    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for block in (REPACKED, PLAIN):
-        await child.call(
-            "run", limit, block=block, tokens=CHUNK, warm=1, least=0, count=0, within_s=0
-        )
-    # In turn, so that whatever else the machine does for a moment falls on a part of each.
-    for _ in range(effort.rounds):
-        await seconds("bare", 1, 3, effort.steps, effort.steps_within_s)
+class _Bench:
+    """Blocks in the child, and calls of them."""
+
+    def __init__(self, child: ChildCaller, files: Path, threads: int, effort: Effort) -> None:
+        self._child = child
+        self._files = files
+        self._threads = threads
+        self._effort = effort
+        self.extra_bytes = 0
+        self._taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    async def mixture(self, shape: BlockShape) -> tuple[Timings, Timings]:
+        """Of the block as llama.cpp rearranges it, and as it is in the file."""
+        await self._load("bare", BARE, plain=False)
+        await self._warm("bare")
+        held = await self._child.call("resident", self._effort.within_s)
+        self.extra_bytes = max(0, int(held["bytes"]) - USUAL_PROCESS_BYTES)
+        await self._load(REPACKED, shape, plain=False)
+        await self._load(PLAIN, shape, plain=True)
+        effort = self._effort
         for block in (REPACKED, PLAIN):
-            await seconds(block, 1, 3, effort.steps, effort.steps_within_s)
-            await seconds(block, CHUNK, 1, effort.chunks, effort.chunks_within_s)
+            await self._warm(block)
+        # In turn, so that whatever else the machine does for a moment falls on a part of each.
+        until = time.monotonic() + effort.rounds_within_s
+        for number in range(effort.rounds):
+            if number and time.monotonic() >= until:
+                break
+            await self._steps("bare", effort.steps_within_s)
+            for block in (REPACKED, PLAIN):
+                await self._steps(block, effort.steps_within_s)
+                await self._chunks(block, effort.chunks)
 
-    def timings(block: str) -> Timings:
-        return Timings(
-            weight_bytes=shape.weight_bytes,
-            weights=shape.weights,
-            chunk=CHUNK,
-            bare_steps=tuple(taken["bare", 1]),
-            steps=tuple(taken[block, 1]),
-            chunks=tuple(taken[block, CHUNK]),
+        def timings(block: str) -> Timings:
+            return Timings(
+                weight_bytes=shape.weight_bytes,
+                weights=shape.weights,
+                chunk=CHUNK,
+                bare_steps=tuple(self._taken["bare", 1]),
+                steps=tuple(self._taken[block, 1]),
+                chunks=tuple(self._taken[block, CHUNK]),
+            )
+
+        found = timings(REPACKED), timings(PLAIN)
+        for block in ("bare", REPACKED, PLAIN):
+            await self._unload(block)
+        return found
+
+    async def details(
+        self, found: DeviceFigures, shapes: Sequence[BlockShape], overhead_s: float
+    ) -> DeviceFigures:
+        """``found`` with the figures of single types and of attention; without those that could
+        not be had in time."""
+        decode, prefill = await self._attention(found.plain_weights)
+        kinds: list[KindFigures] = []
+        until = time.monotonic() + self._effort.kinds_within_s
+        for shape in shapes:
+            if time.monotonic() >= until:
+                break
+            kinds.append(kind_figures(await self._kind(shape, found.plain_weights), overhead_s))
+        return replace(
+            found,
+            decode_attention_flops_per_s=decode,
+            prefill_attention_flops_per_s=prefill,
+            kinds=tuple(kinds),
         )
 
-    return timings(REPACKED), timings(PLAIN)
+    async def _attention(self, plain: bool) -> tuple[float | None, float | None]:
+        effort = self._effort
+        if not effort.attention_rounds:
+            return None, None
+        await self._load("attention", ATTENTION, plain=plain, context=_FAR_CONTEXT)
+        told = await self._child.call(
+            "attend",
+            effort.within_s,
+            block="attention",
+            tokens=CHUNK,
+            far=FAR,
+            rounds=effort.attention_rounds,
+            within_s=effort.attention_within_s,
+        )
+        await self._unload("attention")
+        steps, chunks = (tuple((at, s) for at, s in told[name]) for name in ("steps", "chunks"))
+        per_cell = 4 * ATTENTION.heads * HEAD_SIZE
+        return attention_rates(AttentionTimings(per_cell, CHUNK, steps, chunks))
+
+    async def _kind(self, shape: BlockShape, plain: bool) -> KindTimings:
+        kind, _ = shape.kinds
+        effort = self._effort
+        await self._load(kind, shape, plain=plain)
+        await self._warm(kind)
+        for _ in range(effort.kind_rounds):
+            await self._steps(kind, effort.kind_steps_within_s)
+            await self._chunks(kind, 1)
+        await self._unload(kind)
+        steps, chunks = (tuple(self._taken[kind, tokens]) for tokens in (1, CHUNK))
+        return KindTimings(kind, shape.weight_bytes, shape.weights, CHUNK, steps, chunks)
+
+    async def _load(
+        self, block: str, shape: BlockShape, *, plain: bool, context: int = _STEPS_CONTEXT
+    ) -> None:
+        await self._child.call(
+            "load",
+            self._effort.within_s,
+            block=block,
+            path=str(self._files / block),
+            shape=[shape.width, shape.feed_forward, shape.layers, *shape.kinds],
+            threads=self._threads,
+            chunk=CHUNK,
+            plain=plain,
+            context=context,
+        )
+
+    async def _unload(self, block: str) -> None:
+        await self._child.call("unload", self._effort.within_s, block=block)
+
+    async def _warm(self, block: str) -> None:
+        await self._run(block, CHUNK, warm=1, least=0, count=0, within_s=0)
+
+    async def _steps(self, block: str, within_s: float) -> None:
+        await self._run(block, 1, warm=2, least=3, count=self._effort.steps, within_s=within_s)
+
+    async def _chunks(self, block: str, most: int) -> None:
+        within_s = self._effort.chunks_within_s
+        await self._run(block, CHUNK, warm=0, least=1, count=most, within_s=within_s)
+
+    async def _run(self, block: str, tokens: int, **how: float) -> None:
+        answer = await self._child.call(
+            "run", self._effort.within_s, block=block, tokens=tokens, **how
+        )
+        self._taken[block, tokens].extend(answer["seconds"])
 
 
 async def _disk_rate(child: ChildCaller, files: Path, effort: Effort) -> float | None:

@@ -1,8 +1,8 @@
 """A GGUF of a few llama layers with random weights: what the probe runs instead of a model.
 
-Its layers have TinyLlama's shape and the mixture Q4_K_M, the most used one. It is written without
-llama.cpp's quantiser and without the ``gguf`` package: any bytes make a block of Q4_K or Q6_K, as
-long as its scale is a small number. Nothing is measured here.
+Its layers have TinyLlama's shape, in the mixture Q4_K_M, the most used one, or in one type. It is
+written without llama.cpp's quantiser and without the ``gguf`` package: any bytes make a block of a
+quantised type, as long as its scale is a small number. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.errors import DeviceError
-from edgellm.modelfile.ggml_types import F32, GGML_TYPES_BY_NAME, ValueType
+from edgellm.modelfile.ggml_types import F32, GGML_TYPES_BY_NAME, GgmlType, ValueType
 from edgellm.modelfile.metadata import MetaValue, scalar_value
 from edgellm.modelfile.writer import TensorLayout, encode_header, padding
 
-_Q4_K, _Q6_K = GGML_TYPES_BY_NAME["q4_K"], GGML_TYPES_BY_NAME["q6_K"]
-_HEAD = 64
+MIXTURE = ("q4_K", "q6_K")
+"""Types of the matrices of Q4_K_M: of most, and of those in half of its layers that get better."""
+HEAD_SIZE = 64
 _CONTEXT = 2048
 _PATTERN_BLOCKS = 4096
 _MIN_LAYERS, _MAX_LAYERS = 4, 12
@@ -39,10 +40,12 @@ class BlockShape:
     width: int
     feed_forward: int
     layers: int
+    kinds: tuple[str, str] = MIXTURE
+    """Types of most matrices, and of the better ones; the same twice for a single type."""
 
     @property
     def heads(self) -> int:
-        return self.width // _HEAD
+        return self.width // HEAD_SIZE
 
     @property
     def kv_heads(self) -> int:
@@ -50,7 +53,8 @@ class BlockShape:
 
     def matrices(self) -> Iterator[TensorLayout]:
         """The quantised tensors, layer by layer: what a step reads."""
-        kv = self.kv_heads * _HEAD
+        kv = self.kv_heads * HEAD_SIZE
+        usual, better_kind = (GGML_TYPES_BY_NAME[kind] for kind in self.kinds)
         for layer in range(self.layers):
             fine = layer % 2 == self.layers % 2  # the mixture Q4_K_M has about half its layers so
             for name, rows, columns, better in (
@@ -62,7 +66,7 @@ class BlockShape:
                 ("ffn_up", self.feed_forward, self.width, False),
                 ("ffn_down", self.width, self.feed_forward, fine),
             ):
-                kind = _Q6_K if better else _Q4_K
+                kind = better_kind if better else usual
                 nbytes = rows * kind.row_bytes(columns)
                 yield TensorLayout(f"blk.{layer}.{name}.weight", (columns, rows), kind, nbytes)
 
@@ -78,6 +82,20 @@ class BlockShape:
 
 BARE = BlockShape(width=256, feed_forward=256, layers=1)
 """So narrow that a step through it is all overhead."""
+
+
+ATTENTION = BlockShape(width=2048, feed_forward=256, layers=1)
+"""So few weights that a step behind many tokens is mostly attention."""
+
+
+def shape_of_kind(kind: str, memory_bytes: int, cache_bytes: int = 0) -> BlockShape:
+    """The block for a single type: as few layers as leave the cache behind, two at least."""
+    one = BlockShape(_FULL_WIDTH, _FULL_FEED_FORWARD, 1, (kind, kind)).weight_bytes
+    layers = min(max(2, -int(-_CACHES_FULL * cache_bytes // one)), _MAX_LAYERS)
+    room = int(memory_bytes // one)
+    if room >= 2:
+        return BlockShape(_FULL_WIDTH, _FULL_FEED_FORWARD, min(layers, room), (kind, kind))
+    return BlockShape(512, 1536, 2, (kind, kind))
 
 
 def shape_for(memory_bytes: int, cache_bytes: int = 0) -> BlockShape:
@@ -110,7 +128,8 @@ def write_block(path: Path, shape: BlockShape, seed: int = 0) -> None:
         for name in ("attn_norm", "ffn_norm")
     )
     matrices = tuple(shape.matrices())
-    patterns = {kind: _pattern(kind.name, generator) for kind in (_Q4_K, _Q6_K)}
+    kinds = dict.fromkeys(tensor.type for tensor in matrices)
+    patterns = {kind: _pattern(kind, generator) for kind in kinds}
     tensors = (*one_row, *norms, *matrices)
     ones = struct.pack("<f", 1.0) * shape.width
     try:
@@ -144,7 +163,7 @@ def _metadata(shape: BlockShape) -> dict[str, MetaValue]:
         "feed_forward_length": shape.feed_forward,
         "attention.head_count": shape.heads,
         "attention.head_count_kv": shape.kv_heads,
-        "rope.dimension_count": _HEAD,
+        "rope.dimension_count": HEAD_SIZE,
         "vocab_size": 1,
     }
     return {
@@ -157,15 +176,24 @@ def _metadata(shape: BlockShape) -> dict[str, MetaValue]:
     }
 
 
-def _pattern(kind: str, generator: np.random.Generator) -> bytes:
+def _pattern(kind: GgmlType, generator: np.random.Generator) -> bytes:
     """Random blocks of a type, whose weights have a deviation of about 0.02 around 0."""
-    size = GGML_TYPES_BY_NAME[kind].size
+    if kind.name == "f16":
+        values = generator.standard_normal(_PATTERN_BLOCKS * 64, np.float32) * 0.02
+        return values.astype("<f2").tobytes()
+    size = kind.size
     blocks: NDArray[np.uint8] = generator.integers(0, 256, (_PATTERN_BLOCKS, size), np.uint8)
-    if kind == "q4_K":  # weight = d * scale * q - dmin * min, with q to 15, scale and min to 63
+    if kind.name == "q4_K":  # weight = d * scale * q - dmin * min; q to 15, scale and min to 63
         _put(blocks, 0, 7e-5)
         _put(blocks, 2, 7e-5 * 7.5)
-    else:  # q6_K: weight = d * scale * (q - 32), with q to 63 and scale to 127 of either sign
+    elif kind.name == "q6_K":  # d * scale * (q - 32), with q to 63 and scale to 127 of either sign
         _put(blocks, size - 2, 1.6e-5)
+    elif kind.name == "q8_0":  # d * q, with q to 127 of either sign
+        _put(blocks, 0, 2.7e-4)
+    elif kind.name == "q4_0":  # d * (q - 8), with q to 15
+        _put(blocks, 0, 4.3e-3)
+    else:
+        raise ValueError(f"no block of type {kind.name} can be made")
     return blocks.tobytes()
 
 

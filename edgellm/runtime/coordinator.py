@@ -27,7 +27,7 @@ from edgellm.runtime.session import Introduction, Session
 from edgellm.runtime.shares import Share, Shares
 from edgellm.transport.base import Transport
 from edgellm.types import Epoch, Plan
-from edgellm.wire.care import Rebind, SequenceImported
+from edgellm.wire.care import Rebind, SequenceImported, SequenceSpilled
 from edgellm.wire.connection import ATTENTIVE, Timeouts
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
@@ -288,6 +288,9 @@ class Coordinator:
             pipeline = self._pipelines.get(message.epoch)
             if pipeline is not None:
                 pipeline.on_handed(session, message)
+        elif isinstance(message, SequenceSpilled):
+            if pipeline := self._named(session, message):
+                pipeline.prefixes.spilled(message)
         elif isinstance(message, Goodbye):
             self._on_goodbye(session, message)
         elif isinstance(message, StageStats):
@@ -299,7 +302,9 @@ class Coordinator:
             self._services.take(session, message)  # anything else is stale or a mistake
 
     def _named(
-        self, session: Session, message: StageReady | LoadProgress | StageStats
+        self,
+        session: Session,
+        message: StageReady | LoadProgress | StageStats | SequenceSpilled,
     ) -> Pipeline | None:
         """The plan of a message, if it came from the device of the stage that it names."""
         pipeline = self._pipelines.get(message.epoch)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from edgellm.engine.host import StageHost
 from edgellm.errors import EdgeError, PeerLostError, StageError
 from edgellm.runtime.rowlog import Piece, RowLog, sent_again
-from edgellm.runtime.session import Session, Traffic
+from edgellm.runtime.rowtimes import RowTimes
+from edgellm.runtime.session import Session
+from edgellm.wire.care import KeepSequence, Reusing, ShareSequence
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import Row, peek
 
@@ -79,10 +81,12 @@ class Downstream:
         pressure: BackPressure,
         on_lost: Callable[[Session, str], None],
         on_error: Callable[[EdgeError, int], None],
+        times: RowTimes | None = None,
     ) -> None:
         """``on_lost`` hears of the end of the connection in use, ``on_error`` of what fails for one
-        sequence."""
+        sequence, ``times`` of rows that went out."""
         self.log = RowLog()
+        self._times = times
         self._pressure = pressure
         self._on_lost = on_lost
         self._on_error = on_error
@@ -93,10 +97,12 @@ class Downstream:
         self._queue: deque[Frame | _Again] = deque()
         """While rows are sent again: all that is to go out, in order."""
 
-    @property
-    def traffic(self) -> Traffic | None:
-        """Of the connection in use."""
-        return self._session.traffic if self._session is not None else None
+    def figures(self) -> dict[str, int | float]:
+        """What went out over the connection in use."""
+        if self._session is None:
+            return {}
+        sent = self._session.traffic
+        return {"next_bytes": sent.sent_bytes, "next_messages": sent.sent_messages}
 
     def leads_to(self, device_id: str) -> bool:
         """Whether there is a connection in use, and to this device."""
@@ -137,6 +143,15 @@ class Downstream:
         self.forget(sequence)
         self._send(frame)
 
+    def reuse(self, message: Reusing, frame: Frame) -> None:
+        """Pass on that what a sequence computed is kept, put away, or shared."""
+        if isinstance(message, KeepSequence):
+            self.log.keep(message.sequence)
+            self._early.pop(message.sequence, None)
+        elif isinstance(message, ShareSequence):
+            self.log.share(message.sequence, message.source, message.position, moved=message.moved)
+        self._send(frame)
+
     def forget(self, sequence: int) -> None:
         """A sequence has ended here; the next stage hears of it in its own way."""
         self.log.close(sequence)
@@ -148,6 +163,8 @@ class Downstream:
         of_epoch, rows = peek(frame)
         if of_epoch == epoch:
             self._send(frame)
+            if self._times and self._session and self._resending is None:
+                self._times.sent(self._session, len(frame.raw))
         self.log.add(frame, of_epoch, [row for row in rows if isinstance(row, Row)])
 
     def _send(self, frame: Frame) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from edgellm.errors import DeadlineError, EdgeError, FetchError, ModelFileError
 from edgellm.modelfile.manifest import PIECE_BYTES, ShardManifest
@@ -18,11 +20,49 @@ from edgellm.runtime.exchange import ANSWER_WITHIN_S, TensorExchange
 from edgellm.runtime.session import Session
 from edgellm.scheduler.transfer import SILENCE, Ask, Progress, Transfer
 from edgellm.store.assembly import Assembly
+from edgellm.store.hubranges import HubPieces
 from edgellm.wire.messages import FileWanted
 
 OnProgress = Callable[[Progress], None]
-SourceTable = Mapping[str, Callable[[], Awaitable[Session]]]
-"""By the name of a device: how to get a session with it."""
+SourceTable = Mapping[str, Callable[[], Awaitable["PieceSource"]]]
+"""By the name of a device, or the hub: how to come to it."""
+
+
+class PieceSource(Protocol):
+    """Where pieces may be had."""
+
+    async def held(self, digests: Sequence[str]) -> frozenset[str]:
+        """Which of these tensors it has. Raises EdgeError."""
+
+    async def piece(self, digest: str, offset: int, length: int) -> bytes | memoryview | None:
+        """Bytes of a tensor, unverified; None if it has none. Raises EdgeError."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSource:
+    """Another device."""
+
+    session: Session
+    exchange: TensorExchange
+
+    async def held(self, digests: Sequence[str]) -> frozenset[str]:
+        return await self.exchange.held_by(self.session, digests)
+
+    async def piece(self, digest: str, offset: int, length: int) -> bytes | memoryview | None:
+        return await self.exchange.piece(self.session, digest, offset, length)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """The hub, asked by this device itself."""
+
+    pieces: HubPieces
+
+    async def held(self, digests: Sequence[str]) -> frozenset[str]:
+        return self.pieces.held(digests)
+
+    async def piece(self, digest: str, offset: int, length: int) -> bytes | memoryview | None:
+        return await asyncio.to_thread(self.pieces.read, digest, offset, length)
 
 
 async def fetch_manifest(
@@ -32,6 +72,13 @@ async def fetch_manifest(
 
     Raises ModelFileError when it is not the one that was announced, PeerLostError, DeadlineError.
     """
+    raw = await fetch_document(wanted, session, exchange)
+    return await asyncio.to_thread(ShardManifest.decode, raw)
+
+
+async def fetch_document(wanted: FileWanted, session: Session, exchange: TensorExchange) -> bytes:
+    """The bytes that the coordinator announced by their digest. Raises what ``fetch_manifest``
+    does."""
     parts = []
     for offset in range(0, wanted.manifest_bytes, PIECE_BYTES):
         length = min(PIECE_BYTES, wanted.manifest_bytes - offset)
@@ -42,26 +89,28 @@ async def fetch_manifest(
     raw = b"".join(parts)
     if hashlib.sha256(raw).hexdigest() != wanted.manifest:
         raise ModelFileError("the manifest is not the one that was announced.")
-    return await asyncio.to_thread(ShardManifest.decode, raw)
+    return raw
 
 
 async def fetch(
-    assembly: Assembly, sources: SourceTable, exchange: TensorExchange, tell: OnProgress
+    assembly: Assembly, sources: SourceTable, tell: OnProgress, later: SourceTable | None = None
 ) -> Progress:
-    """Fetch all missing pieces. Raises FetchError when nobody has what is needed."""
+    """Fetch all missing pieces. Those of ``later`` are asked for what none of ``sources`` has.
+
+    Raises FetchError when nobody has what is needed.
+    """
     async with contextlib.AsyncExitStack() as stack:
-        run = _Fetch(assembly, exchange, tell)
+        run = _Fetch(assembly, tell)
         stack.push_async_callback(run.stop)
-        return await run.run(sources)
+        return await run.run(sources, later or {})
 
 
 class _Fetch:
-    def __init__(self, assembly: Assembly, exchange: TensorExchange, tell: OnProgress) -> None:
+    def __init__(self, assembly: Assembly, tell: OnProgress) -> None:
         self._assembly = assembly
-        self._exchange = exchange
         self._tell = tell
         self._transfer = Transfer(assembly.missing, timeout_s=ANSWER_WITHIN_S / SILENCE)
-        self._sessions: dict[str, Session] = {}
+        self._sources: dict[str, PieceSource] = {}
         self._joining = 0
         self._refusals: list[str] = []
         self._failed: EdgeError | None = None
@@ -69,10 +118,8 @@ class _Fetch:
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock = asyncio.get_running_loop().time
 
-    async def run(self, sources: SourceTable) -> Progress:
-        for name, connect in sources.items():
-            self._joining += 1
-            self._spawn(self._join(name, connect))
+    async def run(self, sources: SourceTable, later: SourceTable) -> Progress:
+        self._begin(sources)
         while not self._transfer.done:
             if self._failed is not None:
                 raise self._failed
@@ -80,10 +127,18 @@ class _Fetch:
                 self._spawn(self._fetch(ask))
             self._tell(self._transfer.progress)
             if self._transfer.stuck and not self._joining:
-                raise self._stuck()
+                if not later:
+                    raise self._stuck()
+                self._begin(later)
+                later = {}
             await self._sleep()
         self._tell(self._transfer.progress)
         return self._transfer.progress
+
+    def _begin(self, sources: SourceTable) -> None:
+        for name, connect in sources.items():
+            self._joining += 1
+            self._spawn(self._join(name, connect))
 
     def _stuck(self) -> FetchError:
         reasons = "; ".join([self._transfer.stuck, *self._refusals])
@@ -100,11 +155,11 @@ class _Fetch:
                 await self._wake.wait()
         self._wake.clear()
 
-    async def _join(self, name: str, connect: Callable[[], Awaitable[Session]]) -> None:
+    async def _join(self, name: str, connect: Callable[[], Awaitable[PieceSource]]) -> None:
         try:
-            session = await connect()
-            held = await self._exchange.held_by(session, sorted(self._transfer.needed))
-            self._sessions[name] = session
+            source = await connect()
+            held = await source.held(sorted(self._transfer.needed))
+            self._sources[name] = source
             self._transfer.join(name, held)
         except EdgeError as error:
             self._refusals.append(f"{name}: {error.message.rstrip('.')}")
@@ -115,8 +170,8 @@ class _Fetch:
     async def _fetch(self, ask: Ask) -> None:
         piece = ask.piece
         try:
-            session = self._sessions[ask.source]
-            data = await self._exchange.piece(session, piece.digest, piece.offset, piece.length)
+            source = self._sources[ask.source]
+            data = await source.piece(piece.digest, piece.offset, piece.length)
             if data is None:
                 self._transfer.refused(ask.source, piece, self._clock())
                 return

@@ -7,9 +7,8 @@ connection as the frames they came in, and back the same way on arrival.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from edgellm.errors import (
     StageError,
     error_from_dict,
 )
+from edgellm.probe.limits import usable_processors
 from edgellm.runtime import terms
 from edgellm.runtime.downstream import BackPressure, Downstream
 from edgellm.runtime.handover import Handover
+from edgellm.runtime.rowtimes import StageClock
 from edgellm.runtime.session import Session
 from edgellm.runtime.stagefiles import StageFilesMaker
 from edgellm.runtime.stageparts import StageParts
@@ -43,6 +44,8 @@ from edgellm.wire.messages import (
     Message,
     OpenSequence,
     PeerAddress,
+    Result,
+    Row,
     StageReady,
     StageStats,
     StartEngine,
@@ -87,7 +90,10 @@ class HostedStage:
         self._host: StageHost | None = None
         self._files: StageFilesMaker | None = None
         self._pressure = BackPressure()
-        self._downstream = Downstream(self._pressure, self._next_lost, self._report)
+        self._times = StageClock(parts.meter)
+        self._downstream = Downstream(
+            self._pressure, self._next_lost, self._report, self._times.rows
+        )
         self._handover = Handover(request, parts.dial, self._pressure, self._report, self._tell)
         self._ready: asyncio.Future[StageReady] = self._loop.create_future()
         """The stage process is ready for the plan of the moment."""
@@ -101,7 +107,7 @@ class HostedStage:
         self._since = self._loop.time()
         self._settings = terms.settings_here(
             request,
-            threads=parts.threads or os.cpu_count() or 1,
+            threads=parts.threads or usable_processors(),
             pin=parts.pin,
             plain_weights=parts.plain_weights,
         )
@@ -125,7 +131,12 @@ class HostedStage:
             "coordinator": self.coordinator.peer.name,
             "since_s": round(now - self._since, 1),
             "ready": self._memory_bytes > 0,
+            **self._times.told(now),
         }
+
+    def note_times(self, times: Mapping[str, int | float], now: float) -> None:
+        """Keep what the coordinator found, for people who ask."""
+        self._times.note(times, now)
 
     def takes_rows_from(self, session: Session) -> bool:
         """Whether this peer may send it rows, and open and close sequences: the coordinator at
@@ -250,7 +261,8 @@ class HostedStage:
             self._keep_for_now(error)
         else:
             if self._lapses_at is None:  # the next one may have been lost meanwhile
-                self._say_ready(ready, {"total_s": time.perf_counter() - started})
+                figures = {**ready.figures, "total_s": time.perf_counter() - started}
+            self._say_ready(ready, figures)
 
     def _keep_for_now(self, error: EdgeError) -> None:
         """Of no use as it is; the coordinator may give it another part."""
@@ -278,6 +290,11 @@ class HostedStage:
             )
         self._host.send([frame.raw])
 
+    def take_rows(self, frame: Frame, rows: Sequence[Row | Result]) -> None:
+        """The same for a step, or hidden rows: these."""
+        self._times.taken(rows)
+        self.take(frame)
+
     def open_sequence(self, message: OpenSequence, frame: Frame, now: float) -> None:
         """Announce a sequence here and, in the same order as its rows, to the stages after."""
         self._deadlines[message.sequence] = now + message.deadline_s
@@ -289,6 +306,14 @@ class HostedStage:
         self._handover.forget(message.sequence)
         self.take(frame)
         self._downstream.close_sequence(message.sequence, frame)
+
+    def reuse_sequence(self, message: care.Reusing, frame: Frame) -> None:
+        """What a sequence computed is kept, put away, or shared; here and at the stages after."""
+        if isinstance(message, care.KeepSequence):
+            self._deadlines.pop(message.sequence, None)
+            self._handover.forget(message.sequence)
+        self.take(frame)
+        self._downstream.reuse(message, frame)
 
     def expire(self, now: float) -> None:
         """Close the sequences whose deadline has passed: nobody waits for them any more."""
@@ -328,8 +353,11 @@ class HostedStage:
     def _on_frame(self, frame: Frame) -> None:
         if frame.kind == HIDDEN_KIND:
             self._downstream.rows(frame, self.epoch)
+            self._times.answered(frame)
         elif frame.kind == TOKENS_KIND:
             self.coordinator.send_raw(frame)
+            self._times.rows.sent(self.coordinator, len(frame.raw))
+            self._times.answered(frame)
         else:
             try:
                 self._on_answer(decode(frame), frame)
@@ -347,11 +375,10 @@ class HostedStage:
         elif isinstance(answer, care.SequenceImported):
             self._handover.imported(answer.sequence)
             self.coordinator.send(answer)
+        elif isinstance(answer, care.SequenceSpilled):
+            self.coordinator.send(answer)
         elif isinstance(answer, StageStats):
-            stats = dict(answer.stats)
-            link = self._downstream.traffic
-            if link is not None:
-                stats |= {"next_bytes": link.sent_bytes, "next_messages": link.sent_messages}
+            stats = {**answer.stats, **self._downstream.figures(), **self._times.figures()}
             self.coordinator.send(StageStats(answer.epoch, answer.index, stats))
 
     def _on_report(self, report: ErrorReport) -> None:

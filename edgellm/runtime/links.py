@@ -13,7 +13,7 @@ import secrets
 import statistics
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgellm.errors import DeadlineError, PeerLostError
@@ -29,6 +29,8 @@ LAST_BURST_BYTES = 16 << 20
 GROWTH = 4
 ENOUGH_S = 0.08
 """A burst that took so long tells the bandwidth."""
+PAUSE_S = 0.006
+"""Between two round trips: a token's row, too, comes to processes that have waited for it."""
 ROUND_TRIPS = 10
 ROUND_TRIPS_WITHIN_S = 0.15
 WITHIN_S = 3.0
@@ -67,6 +69,26 @@ def bandwidth(burst: Burst, round_trip_s: float) -> float:
     return burst.nbytes / max(flowing, 1e-9)
 
 
+def unloaded_round_trip(round_trip_s: float, bytes_per_s: float) -> float:
+    """Of a message of no size, by what was measured with one of a token's: the time that its bytes
+    took to leave counts with every message by itself, and must not count twice."""
+    return max(0.0, round_trip_s - SMALL_BYTES / bytes_per_s)
+
+
+def rounds_of(count: int) -> list[list[tuple[int, int]]]:
+    """All (from, to) of so many devices, in rounds in which each has to do with one other at most:
+    the way in which everyone of a tournament plays everyone, there and back."""
+    seats = list(range(count + count % 2))  # with an odd number, whoever meets the last one rests
+    rounds = []
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        met = zip(seats[:half], reversed(seats[half:]), strict=True)
+        pairs = [(a, b) for a, b in met if max(a, b) < count]
+        rounds += [pairs, [(b, a) for a, b in pairs]]
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return rounds
+
+
 def next_burst(done: Burst, round_trip_s: float, left_s: float) -> int | None:
     """Bytes of the burst to follow; None where ``done`` tells enough or ``left_s`` is too short."""
     flowing = max(0.0, done.seconds - round_trip_s)
@@ -95,6 +117,27 @@ class LinkMeter:
             # The time now, not when its task runs: that may be behind others' work.
             future.set_result(time.perf_counter())
 
+    def time(self, session: Session, told: Callable[[float], None]) -> None:
+        """Send an empty echo behind what went out over the session just now, and tell the seconds
+        until it is back; never, where the session ends before."""
+        if session.ended:
+            return
+        self._watch(session)
+        began = time.perf_counter()
+        nonce = self._send(session, memoryview(b""))
+
+        def over(future: asyncio.Future[float]) -> None:
+            self._waiting.pop(nonce, None)
+            if not future.cancelled() and future.exception() is None:
+                told(future.result() - began)
+
+        self._waiting[nonce][1].add_done_callback(over)
+
+    def _watch(self, session: Session) -> None:
+        if session not in self._watched:
+            self._watched.add(session)
+            session.on_close(lambda reason: self._lost(session, reason))
+
     async def measure(self, session: Session) -> LinkFigures:
         """Measure the link to the session's peer: under half a second, on a bad link 3 s.
 
@@ -103,9 +146,7 @@ class LinkMeter:
         nothing comes back.
         """
         async with self._turn:
-            if session not in self._watched:
-                self._watched.add(session)
-                session.on_close(lambda reason: self._lost(session, reason))
+            self._watch(session)
             return await self._measure(session)
 
     async def _measure(self, session: Session) -> LinkFigures:
@@ -120,6 +161,7 @@ class LinkMeter:
                     len(trips) <= ROUND_TRIPS and time.perf_counter() - began < ROUND_TRIPS_WITHIN_S
                 ):
                     trips.append(await self._burst(session, small, SMALL_BYTES))
+                    await asyncio.sleep(PAUSE_S)
                 round_trip_s = usual_round_trip(trips)
                 large = secrets.token_bytes(PAYLOAD_BYTES)  # a VPN may compress what is regular
                 size: int | None = FIRST_BURST_BYTES

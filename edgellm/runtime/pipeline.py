@@ -1,19 +1,24 @@
 """The coordinator's side of one loaded plan: steps to the first stage, results from the last.
 
 The next step leaves in the same turn of the event loop that its token arrived in; turning the
-token into text happens while the stages compute. Who runs over it is ``requests.Running``.
+token into text happens while the stages compute. Who runs over it is ``requests.Running``; which
+steps of several leave together is ``scheduler.batching``'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from edgellm.errors import EdgeError, StageError
+from edgellm.runtime.prefixes import ABILITY, Prefixes, Word, least_able
 from edgellm.runtime.requests import Running
 from edgellm.runtime.session import Session, Traffic
+from edgellm.scheduler.batching import Batcher, Part
 from edgellm.scheduler.generation import SendStep
 from edgellm.types import Mode, Plan
 from edgellm.wire.care import ResendRows, SequenceImported
@@ -32,9 +37,12 @@ from edgellm.wire.messages import (
     UnloadStage,
 )
 from edgellm.wire.plain import sampler_to_plain
-from edgellm.wire.tensors import decode_logits, encode_tokens
+from edgellm.wire.tensors import decode_logits, decode_top, encode_tokens
 
 STATS_WITHIN_S = 10.0
+_UNLOADED = "the stages of this plan were unloaded."
+MOST_CLOSED = 256
+"""Sequences that ended last: a stage may not have heard of it when the device before it is lost."""
 OnFailed: TypeAlias = "Callable[[Pipeline, EdgeError], None]"
 OnLeaving: TypeAlias = Callable[[str, str, float], None]
 
@@ -59,11 +67,26 @@ class Pipeline:
         """What had gone over each connection before this plan was loaded."""
         self.counters: tuple[Mapping[str, int | float], ...] = ({},) * len(self.sessions)
         """What each stage had counted before this plan: something where it was taken over."""
+        self.latest: tuple[Mapping[str, int | float], ...] = self.counters
+        """What each stage had counted when it was asked last."""
         self.made = 0
         """Tokens that came of it."""
         self.heard_at = 0.0
         """When the last result came, by the event loop's clock."""
         self._running: dict[int, Running] = {}
+        self.prefixes = Prefixes(
+            plan, self._tell, lambda: least_able(load.get(ABILITY) for load in self.loads)
+        )
+        """What its stages hold for requests to come."""
+        self._closed: deque[int] = deque(maxlen=MOST_CLOSED)
+        settings = plan.settings
+        self._batcher = Batcher(
+            depth=len(plan.stages),
+            budget=settings.chunk,
+            divides=settings.mode is not Mode.REFERENCE,
+        )
+        self._gathering = False
+        """Nothing is sent until all results that came together have been told."""
         self._failed: EdgeError | None = None
         self.handed: asyncio.Queue[LoadProgress | SequenceImported | EdgeError] = asyncio.Queue()
         """While a stage moves: what its new device says of the sequences that come."""
@@ -74,6 +97,8 @@ class Pipeline:
         self._unloaded = False
         self._stats: dict[int, asyncio.Future[StageStats]] = {}
         self._asking = asyncio.Lock()
+        self._asked: asyncio.Task[list[dict[str, int | float]]] | None = None
+        """The next question for figures, for all who wait for it."""
 
     @property
     def _first(self) -> Session:
@@ -110,10 +135,11 @@ class Pipeline:
         if on_failed is not None and self._failed is not None:
             on_failed(self, self._failed)
 
-    def open(self, running: Running, position: int = 0) -> None:
+    def open(self, running: Running, position: int = 0) -> int:
         """See ``requests.Way``."""
         request = running.request
         self._running[running.sequence] = running
+        position = self.prefixes.open(running, position) or position
         self._first.send(
             OpenSequence(
                 self.plan.epoch,
@@ -125,6 +151,7 @@ class Pipeline:
                 encode_tokens(running.generation.tokens),
             )
         )
+        return position
 
     def adopt(self, running: Running) -> None:
         """Announce a request whose acknowledged tokens all stages hold."""
@@ -143,12 +170,18 @@ class Pipeline:
             self.sessions[fresh - 1].send(resend)
             return
         exact = self.plan.settings.mode is Mode.REFERENCE
+        # At once: the stages that hold them answer none of these.
         for step in running.generation.replay(position, exact=exact):
-            self.send_step(running, step)
+            self._send((Part(running.sequence, *_fields(step)),))
 
     def sequences(self) -> frozenset[int]:
-        """Those that the stages hold."""
-        return frozenset(self._running)
+        """Those that the stages hold, or may hold because they have not heard of their end."""
+        return frozenset(self._running).union(self._closed, self.prefixes.retained())
+
+    @property
+    def under_way(self) -> int:
+        """Requests that run over it now."""
+        return len(self._running)
 
     def forget(self, sequences: Collection[int]) -> None:
         """Free what the stages may hold of requests that are gone."""
@@ -157,14 +190,52 @@ class Pipeline:
 
     def close(self, running: Running) -> None:
         """See ``requests.Way``."""
-        if self._running.pop(running.sequence, None) is not None:
-            self._first.send(CloseSequence(self.plan.epoch, running.sequence))
+        if self._running.pop(running.sequence, None) is None:
+            return
+        self._batcher.drop(running.sequence)
+        self.prefixes.close(running)
+        self._send_ready()
+
+    def _tell(self, message: Word) -> None:
+        """Send word of a sequence to all stages."""
+        if isinstance(message, CloseSequence):
+            self._closed.append(message.sequence)
+        self._first.send(message)
 
     def send_step(self, running: Running, step: SendStep) -> None:
+        """See ``requests.Way``."""
+        self._batcher.add(running.sequence, step, running.request.priority)
+        self._send_ready()
+
+    def _send_ready(self) -> None:
+        """Send the micro-batches that may leave, unless more is about to join them."""
+        if self._gathering or self._failed is not None or self._unloaded:
+            return
+        while parts := self._batcher.next():
+            try:
+                self._send(parts)
+            except EdgeError as error:
+                with self._together():
+                    for part in parts:
+                        self.on_error(part.sequence, error)
+
+    def _send(self, parts: Sequence[Part]) -> None:
         """Send journal tokens to the first stage."""
-        tokens = running.generation.tokens[step.position : step.position + step.count]
-        row = Row(running.sequence, step.position, step.count, step.output)
-        self._first.send(Step(self.plan.epoch, (row,), encode_tokens(tokens)))
+        tokens: list[int] = []
+        for sequence, position, count, _ in parts:
+            tokens += self._running[sequence].generation.tokens[position : position + count]
+        rows = tuple(Row(*part) for part in parts)
+        self._first.send(Step(self.plan.epoch, rows, encode_tokens(tokens)))
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What is to be sent meanwhile leaves afterwards, together."""
+        before, self._gathering = self._gathering, True
+        try:
+            yield
+        finally:
+            self._gathering = before
+        self._send_ready()
 
     def on_tokens(self, message: Tokens, frame: Frame) -> None:
         """Results from the last stage."""
@@ -172,26 +243,31 @@ class Pipeline:
             return  # whoever goes on elsewhere computes them again
         self.heard_at = asyncio.get_running_loop().time()
         self.returned_bytes += len(frame.raw)
-        wanting = [
-            result
-            for result in message.results
-            if result.token != NO_TOKEN
-            and (running := self._running.get(result.sequence)) is not None
-            and running.request.logits
-        ]
-        logits = iter(decode_logits(message.payload, len(wanting), self._vocab) if wanting else ())
-        for result in message.results:
-            self.made += result.token != NO_TOKEN
-            running = self._running.get(result.sequence)
-            if running is not None:
-                row = next(logits) if result in wanting else None
-                running.on_result(result.position, result.token, row)
+        sizes = iter(message.sizes or (0,) * len(message.results))
+        at = 0
+        with self._together():
+            for result in message.results:
+                self.made += result.token != NO_TOKEN
+                begin, at = at, at + next(sizes)
+                running = self._running.get(result.sequence)
+                if running is not None:
+                    extra = memoryview(message.payload)[begin:at]
+                    row = top = None
+                    if extra and running.request.logits:
+                        row = decode_logits(extra, 1, self._vocab)[0]
+                    elif extra:
+                        top = decode_top(extra, self._vocab)
+                    self._batcher.answered(result.sequence, result.position)
+                    self.prefixes.proved(result.sequence)
+                    running.on_result(result.position, result.token, row, top)
 
     def on_error(self, sequence: int, error: EdgeError) -> None:
         """A failure of one sequence, or (-1) of the whole plan."""
         if sequence >= 0:
             running = self._running.get(sequence)
-            if running is not None and running.carried:
+            if running is not None and self.prefixes.doubted(sequence):
+                running.begin_anew()
+            elif running is not None and running.carried:
                 # Not the request is at fault, but how it was carried over.
                 why = NotCarriedError(error.message, device=error.device, hint=error.hint)
                 self.on_error(NO_SEQUENCE, why)
@@ -199,6 +275,8 @@ class Pipeline:
                 running.fail(error)
             elif self.importing is not None:
                 self.handed.put_nowait(error)
+            else:
+                self.prefixes.lost(sequence)
             return
         if self._failed is None:
             self._failed = error
@@ -208,8 +286,9 @@ class Pipeline:
             if self._on_failed is not None:
                 self._on_failed(self, error)
                 return
-            for running in self._running.values():
-                running.fail(error)
+            with self._together():
+                for running in list(self._running.values()):
+                    running.fail(error)
 
     def on_handed(self, session: Session, message: LoadProgress | SequenceImported) -> None:
         """KV pages may come, or all of a sequence's came."""
@@ -229,10 +308,23 @@ class Pipeline:
             waiting.set_result(message)
 
     async def stats(self) -> list[dict[str, int | float]]:
-        """Each stage's counters since it was loaded, in order: seconds, tokens, bytes, peak."""
+        """Each stage's counters since it was loaded, in order: seconds, tokens, bytes, peak.
+
+        A stage answers between two steps; all who wait are told by one question, asked after the
+        last of them came.
+        """
+        if self._asked is None:
+            self._asked = asyncio.create_task(self._ask())
+            self._asked.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._asked)
+
+    async def _ask(self) -> list[dict[str, int | float]]:
         async with self._asking:  # answers do not say which question they are for
+            self._asked = None
             if self._failed is not None:
                 raise self._failed
+            if self._unloaded:
+                raise StageError(_UNLOADED)
             loop = asyncio.get_running_loop()
             self._stats = {index: loop.create_future() for index in range(len(self.sessions))}
             for session in self.sessions:
@@ -242,7 +334,9 @@ class Pipeline:
                     answers = await asyncio.gather(*self._stats.values())
             except TimeoutError as error:
                 raise StageError("a stage did not tell its figures in time.") from error
-        return [dict(answer.stats) for answer in answers]
+        told = [dict(answer.stats) for answer in answers]
+        self.latest = tuple(told)
+        return told
 
     async def count(self) -> None:
         """Take the stages' ``counters`` as they are now. Raises StageError."""
@@ -257,5 +351,12 @@ class Pipeline:
         if not self._unloaded:
             self._unloaded = True
             self._running.clear()
+            for waiting in self._stats.values():
+                if not waiting.done():
+                    waiting.set_exception(StageError(_UNLOADED))
             for session in self.sessions:
                 session.send(UnloadStage(self.plan.epoch))
+
+
+def _fields(step: SendStep) -> tuple[int, int, bool]:
+    return step.position, step.count, step.output

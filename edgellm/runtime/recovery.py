@@ -19,16 +19,20 @@ from edgellm.runtime.coordinator import Coordinator, Progress
 from edgellm.runtime.moving import Move
 from edgellm.runtime.peers import ModelSource
 from edgellm.runtime.pipeline import NotCarriedError, Pipeline
+from edgellm.runtime.rebalancing import Rebalancing
 from edgellm.runtime.replans import (
     Leaving,
     Loss,
     Replacement,
     Replanner,
+    Tuner,
+    journal_of,
     nothing_fits,
     words_of,
 )
 from edgellm.runtime.requests import ALL, Held, Recovery, Request, Running
-from edgellm.scheduler.recovery import Journal, Kind, choose
+from edgellm.runtime.slots import MAX_WAITING, Slots
+from edgellm.scheduler.recovery import Kind, choose
 from edgellm.types import Mode
 from edgellm.wire.messages import NO_SEQUENCE
 
@@ -52,8 +56,11 @@ class LastingPipeline:
         replanner: Replanner | None,
         tell: Callable[[str], None],
         progress: Progress | None = None,
+        tuner: Tuner | None = None,
+        waiting: int = MAX_WAITING,
     ) -> None:
-        """Without a ``replanner`` a loss ends the requests. ``tell`` hears words for people."""
+        """Without a ``replanner`` a loss ends the requests, without a ``tuner`` nobody looks how
+        they do. ``tell`` hears words for people. At most ``waiting`` requests wait for a slot."""
         self.pipeline = pipeline
         """That of the moment, or the last one."""
         self._coordinator = coordinator
@@ -64,7 +71,7 @@ class LastingPipeline:
         self._settings = pipeline.plan.settings
         self._running: dict[int, Running] = {}
         self._numbers = itertools.count(1)
-        self._slots = asyncio.Semaphore(self._settings.sequences)
+        self._slots = Slots(self._settings, self._go_on, self._leave_room, waiting)
         self._error: EdgeError | None = None
         """Why nothing goes on any more."""
         self._work: asyncio.Task[None] | None = None
@@ -74,59 +81,86 @@ class LastingPipeline:
         """Whether stages may be taken over as they are, next time."""
         self._leaving: dict[str, Leaving] = {}
         self._moving: asyncio.Task[None] | None = None
-        self._paused = False
+        self.paused = False
         """Requests are on hold, and new ones wait, while a stage moves."""
         self._loss: Loss | None = None
+        self.rebalancing = Rebalancing(coordinator, source, tuner, tell, self)
         pipeline.watch(self._on_failed, self._on_leaving)
 
     async def ready(self) -> Pipeline:
         """The pipeline, once it can take requests. Raises the error that keeps it from that."""
         self._try_again()
-        while self._work is not None:
-            await asyncio.wait({self._work})
+        while task := self._work or (self.paused and (self._moving or self.rebalancing.moving)):
+            await asyncio.wait({task})
         if self._error is not None:
             raise self._error
         return self.pipeline
 
     @contextlib.asynccontextmanager
     async def run(self, request: Request) -> AsyncIterator[Running]:
-        """Start a request when a sequence is free; on leaving, its memory is free everywhere.
+        """Start a request when it is its turn; on leaving, its memory is free everywhere.
 
-        Raises UsageError for a prompt that does not fit, DeadlineError when its time is up.
+        Raises UsageError for a prompt that does not fit, BusyError where too many requests wait,
+        DeadlineError when its time is up.
         """
         request.check(self._settings, self.pipeline.vocab)
-        running = Running(next(self._numbers), request, self._settings)
-        try:
-            async with asyncio.timeout_at(running.deadline):
-                await self._slots.acquire()
-        except TimeoutError as error:
-            raise request.late from error
-        # Not a timeout around the yield: it would cancel whatever the caller does at that moment.
-        timer = asyncio.get_running_loop().call_at(running.deadline, running.fail, request.late)
-        try:
+        running = Running(self._numbers, request, self._settings)
+        async with self._slots.slot(running):
             self._try_again()
             if self._error is not None:
                 raise self._error
-            self._running[running.sequence] = running
+            number = running.sequence
+            self._running[number] = running
+            self.rebalancing.began(running)
             try:
-                if self._work is None and not self._paused:
-                    running.start(self.pipeline)
+                self._go_on(running)
                 yield running
             finally:
-                del self._running[running.sequence]
+                del self._running[number]
                 running.leave()
-        finally:
-            timer.cancel()
-            self._slots.release()
+                self.rebalancing.ended(running)
+
+    def _go_on(self, running: Running) -> None:
+        """Start a request, if it has a slot, unless that is done anyway when the next pipeline is
+        there."""
+        held_up = self._work is not None or self.paused or self._error is not None
+        if not held_up and not running.waits:
+            running.start(self.pipeline)
+
+    def _leave_room(self, pages: int) -> None:
+        self.pipeline.prefixes.leave_room(pages)
 
     async def close(self) -> None:
         """Free the stages; nothing is recovered any more."""
         self.pipeline.watch(None)
+        await self.rebalancing.close()
         tasks = [task for task in (self._work, self._moving) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._coordinator.unload(self.pipeline)
+
+    # --- another plan that pays ---------------------------------------------------------
+
+    @property
+    def problem(self) -> EdgeError | None:
+        """Why nothing runs here at the moment, until somebody asks again; None while requests run,
+        or wait for a recovery."""
+        return self._error
+
+    @property
+    def idle(self) -> bool:
+        """See ``rebalancing.Host``."""
+        busy = self._running or self._work or self._moving or self._leaving or self.paused
+        return not busy and self._error is None and self.pipeline.failed is None
+
+    def adopt(self, pipeline: Pipeline) -> None:
+        """See ``rebalancing.Host``."""
+        self.pipeline = pipeline
+        pipeline.watch(self._on_failed, self._on_leaving)
+        for running in self._running.values():
+            self._go_on(running)
+        self._move_if_due()
 
     # --- a loss -----------------------------------------------------------------------
 
@@ -170,7 +204,8 @@ class LastingPipeline:
         if self._moving is not None:  # it moves from what is lost
             self._moving.cancel()
             await asyncio.gather(self._moving, return_exceptions=True)
-            self._moving, self._paused = None, False
+            self._moving, self.paused = None, False
+        await self.rebalancing.drop()
         try:
             done = await self._replacement(former, loss)
         except EdgeError as error:
@@ -226,9 +261,10 @@ class LastingPipeline:
         device = former.plan.stages[index].device
         leaving = self._leaving[device]
         move: Move | None = None
+        await self.rebalancing.drop()
         started = time.perf_counter()
         try:
-            rows = (await replanner.again(former.plan, self._avoided(), index)).rows
+            rows = (await replanner.again(former.plan, self.avoided(), index)).rows
             if rows is None:
                 raise NotCarriedError("no other device can take its layers as they are.")
             move = Move(self._coordinator, former, rows.plan, index, self._source, rows.share)
@@ -237,10 +273,10 @@ class LastingPipeline:
             planned = time.perf_counter()
             await move.load()
             paused = time.perf_counter()
-            self._paused = True
+            self.paused = True
             for running in self._running.values():
                 running.hold()
-            held = set(self._running)
+            held = former.sequences()
             within_s = leaving.until - asyncio.get_running_loop().time()
             pipeline = await move.carry(self._running.values, max(within_s, MIN_MOVE_S))
         except asyncio.CancelledError:
@@ -248,14 +284,14 @@ class LastingPipeline:
                 move.abandon()
             raise
         except Exception as problem:  # noqa: BLE001 - a bug, unsaid, would hold requests for ever
-            self._moving, self._paused = None, False
+            self._moving, self.paused = None, False
             if move is not None:
                 move.abandon()
             if former.failed is None:  # go on as if it were gone
                 why = f"it leaves ({leaving.reason}); moving its stage failed: {problem}"
                 former.on_error(NO_SEQUENCE, PeerLostError(why, device=device))
             return
-        self._moving, self._paused = None, False
+        self._moving, self.paused = None, False
         moved = f"{move.moved_bytes / 1024:.0f} KiB of KV in {move.pages} pages"
         recovery = Recovery(
             kind=Kind.PAGES.value,
@@ -288,7 +324,7 @@ class LastingPipeline:
             except DeviceError as again:  # lost while it was loading, or it could not load
                 error = again
 
-    def _avoided(self) -> set[str]:
+    def avoided(self) -> set[str]:
         """Devices that are no part of the next plan."""
         blamed = {device for device, times in self._blamed.items() if times >= MAX_BLAMED}
         return blamed | set(self._leaving)
@@ -308,7 +344,7 @@ class LastingPipeline:
         lost = self._replaceable(former, loss)
         if lost is None:
             self._coordinator.unload(former)
-        plans = await self._replanner.again(former.plan, self._avoided(), lost)
+        plans = await self._replanner.again(former.plan, self.avoided(), lost)
         exact = self._settings.mode is Mode.REFERENCE
         replay, rows = plans.replay, plans.rows
         if isinstance(replay, NoPlanError) and rows is None:
@@ -316,7 +352,7 @@ class LastingPipeline:
         choice = choose(
             None if isinstance(replay, NoPlanError) else replay.costs,
             None if rows is None else rows.costs,
-            [self._journal(running) for running in self._running.values()],
+            [journal_of(running) for running in self._running.values()],
             exact=exact,
             lost=loss.device,
         )
@@ -371,8 +407,3 @@ class LastingPipeline:
             if stage.device != loss.device
         )
         return lost[0] if len(lost) == 1 and well else None
-
-    @staticmethod
-    def _journal(running: Running) -> Journal:
-        generation = running.generation
-        return Journal(generation.prompt_length, len(generation.made), generation.chunk)

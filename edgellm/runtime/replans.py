@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from edgellm.errors import EdgeError, NoPlanError
 from edgellm.runtime.pipeline import Pipeline
-from edgellm.runtime.requests import Held, Recovery
+from edgellm.runtime.requests import Held, Recovery, Running
 from edgellm.runtime.shares import Share
-from edgellm.scheduler.recovery import StageCost
+from edgellm.scheduler.recovery import Journal, StageCost
 from edgellm.types import Plan
 
 
@@ -24,6 +24,8 @@ class Replan:
     """Of each stage, estimated."""
     note: str = ""
     """What a person should know of it."""
+    beside: bool = True
+    """Whether its stages have room beside those of the plan before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,53 @@ class Replanner(Protocol):
 
         Raises NoPlanError where no device has the engine, and whatever reading the model may raise.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was counted between two looks at a loaded plan."""
+
+    before: tuple[Mapping[str, int | float], ...]
+    """Of each stage, in order."""
+    after: tuple[Mapping[str, int | float], ...]
+    requests: int
+    """That began."""
+    prompt_tokens: int
+    """Of theirs, also what did not have to be computed."""
+    made: int
+    """Tokens of all answers."""
+    cached_decode: float
+    """Tokens that were before one of an answer, on average."""
+    cached_prefill: float
+    """And before one of a prompt."""
+    token_s: float | None
+    """Seconds a token of an answer that was made alone."""
+
+
+class Tuner(Protocol):
+    """Learns what a loaded model's plan takes, and when another pays: ``edgellm.tuning``."""
+
+    verdict: str
+    """Why layers stay where they are, in words without a full stop; empty while nothing was
+    weighed."""
+
+    def learn(self, plan: Plan, look: Look) -> tuple[Mapping[str, int | float], ...]:
+        """What to tell the device of each stage, for people who ask: see ``wire.StageTimes``."""
+        ...
+
+    async def better(self, plan: Plan, avoid: Collection[str]) -> Replan | None:
+        """A plan that pays for the move to it, if there is one; ``avoid`` are devices that are to
+        have no stage. Its ``note`` says why, its costs which stages are to be loaded. Raises
+        EdgeError."""
+        ...
+
+    def moved(self, former: Plan, plan: Plan) -> None:
+        """The move was made."""
+        ...
+
+    def failed(self) -> None:
+        """It was not."""
         ...
 
 
@@ -77,6 +126,12 @@ class Leaving:
     reason: str
     until: float
     """By the event loop's clock."""
+
+
+def journal_of(running: Running) -> Journal:
+    """What a request that goes on has to have computed again, where nothing of it is kept."""
+    generation = running.generation
+    return Journal(generation.prompt_length, len(generation.made), generation.chunk)
 
 
 def words_of(error: EdgeError, plan: Plan, fresh: Collection[int], note: str) -> str:

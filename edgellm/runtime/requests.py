@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -25,7 +25,7 @@ from edgellm.scheduler.generation import (
     SendStep,
     prompt_chunk,
 )
-from edgellm.types import EngineSettings, FinishReason, Mode, Plan, SamplerSettings
+from edgellm.types import EngineSettings, FinishReason, Mode, Plan, SamplerSettings, TopLogprobs
 
 MAX_DEADLINE_S = 1e9
 """What the protocol carries."""
@@ -51,6 +51,11 @@ class Request:
     """Of the deadline, before the request came here (making tokens of the text)."""
     logits: bool = False
     """Whether each token comes with the logits it was picked from."""
+    priority: int = 0
+    """Those with a higher number go first; among equals nobody does."""
+    reuse: bool = True
+    """Whether it begins with what other requests have computed of the same tokens, and leaves what
+    it computes to others."""
 
     def check(self, settings: EngineSettings, vocab: int) -> None:
         """Raises UsageError where no plan with these settings could answer it."""
@@ -89,6 +94,7 @@ class MadeToken:
     """When it arrived, by ``time.perf_counter``."""
     logits: NDArray[np.float32] | None = None
     """float32 [vocabulary]."""
+    top: TopLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +140,10 @@ class Way(Protocol):
     @property
     def plan(self) -> Plan: ...
 
-    def open(self, running: Running, position: int = 0) -> None:
+    def open(self, running: Running, position: int = 0) -> int:
         """Announce the request to the stages, with its tokens so far; those that hold it already
-        forget what is from ``position`` on. Its results come to ``on_result`` from now on."""
+        forget what is from ``position`` on. Its results come to ``on_result`` from now on. Returns
+        how many of its tokens need not be computed."""
 
     def carry(self, running: Running, fresh: int) -> None:
         """The same, where all stages but this one hold the request's acknowledged tokens."""
@@ -144,24 +151,39 @@ class Way(Protocol):
     def adopt(self, running: Running) -> None:
         """The same, where all stages hold them."""
 
-    def send_step(self, running: Running, step: SendStep) -> None: ...
+    def send_step(self, running: Running, step: SendStep) -> None:
+        """Have a step computed, with those of other requests, behind its own earlier ones."""
 
     def close(self, running: Running) -> None:
-        """Free its memory everywhere; its results are stale from now on."""
+        """Free its memory everywhere; nothing more is sent for it, and its results are stale."""
 
 
 class Running:
     """One request under way. Iterate ``tokens()``; ``stop`` ends it at once."""
 
-    def __init__(self, sequence: int, request: Request, settings: EngineSettings) -> None:
-        self.sequence = sequence
+    def __init__(self, numbers: Iterator[int], request: Request, settings: EngineSettings) -> None:
+        """``numbers`` are those of sequences that there were not yet."""
+        self._numbers = numbers
+        self.sequence = next(numbers)
         self.request = request
         self.finish: FinishReason | None = None
         self.recoveries: list[Recovery] = []
         self.carried = False
         """It goes on over stages that held it before, and no token came of that yet."""
+        self.reuses = request.reuse
+        """Whether it may begin with what other requests have computed."""
+        self.reused = 0
+        """Tokens that it did not compute, since others had."""
+        self.failed = False
         self.way: Way | None = None
-        """None before it has begun, and while the next pipeline is being loaded."""
+        """None before it has begun, while the next pipeline is being loaded, and after its end."""
+        self.waits = False
+        """Others have its place: it goes on from its journal when it is started again."""
+        self.on_over: Callable[[], None] = lambda: None
+        """Called when it has ended: its place is free, though its tokens may not all be read."""
+        self.on_growth: Callable[[int], None] | None = None
+        """Told how many tokens it has before a step for the last of them leaves, where memory may
+        run out; it may have it wait, by ``preempt``."""
         self.generation = Generation(
             request.prompt,
             max_tokens=request.max_tokens,
@@ -173,10 +195,13 @@ class Running:
         self._settings = settings
         self._queue: asyncio.Queue[MadeToken | EdgeError | None] = asyncio.Queue()
         self._logits: NDArray[np.float32] | None = None
+        self._top: TopLogprobs | None = None
         self._deadline = asyncio.get_running_loop().time() + request.deadline_s - request.spent_s
         self._on_hold: list[SendStep] | None = None
         """Steps that wait, while it is on hold."""
         self._quiet = asyncio.Event()
+        self.first_at = self.last_at = 0.0
+        """When its first and its latest token came, by ``time.perf_counter``; 0: none did."""
         self._resumed: tuple[float, float] | None = None
         """When the loss was noted, and when the first step to the new stages left; until the next
         token."""
@@ -194,17 +219,36 @@ class Running:
     def ended(self) -> bool:
         return self.generation.phase is Phase.DONE
 
+    @property
+    def leaves(self) -> bool:
+        """Whether what it has computed may serve others."""
+        return self.request.reuse and not self.failed
+
+    def begin_anew(self) -> None:
+        """Compute all of it: what it was to begin with is not there."""
+        way = self.way
+        if way is None:
+            return
+        way.close(self)
+        self._renumber()
+        self.reuses, self.reused = False, 0
+        self.start(way)
+
+    def _renumber(self) -> None:
+        """It begins anew: what is said of its former sequence is stale, or another one's."""
+        self.sequence = next(self._numbers)
+
     def start(self, way: Way, held: Held = None) -> None:
         """Begin, or go on, over ``way``. ``held`` says whose stages hold what is acknowledged: it
         goes on from there; where none do, it begins again."""
-        self.way, self._on_hold = None, None
+        self.way, self._on_hold, self.waits = None, None, False
         if self.ended:
             return
         self.way = way
         position = self.generation.acknowledged if held is not None else 0
         self.carried = position > 0
         if held is None:
-            way.open(self)
+            position = self.reused = way.open(self)
         elif held == ALL:
             way.adopt(self)
         else:
@@ -217,7 +261,7 @@ class Running:
     def go_on(self, way: Way, recovery: Recovery, missed_at: float, held: Held = None) -> None:
         """The same after a recovery, which is kept in ``recoveries``; ``missed_at`` is when the
         loss was noted, by ``time.perf_counter``."""
-        if self.ended:
+        if self.ended or self.waits:
             self.way = None
             return
         self.recoveries.append(recovery)
@@ -239,6 +283,16 @@ class Running:
         if steps is not None and (self.ended or self.generation.in_flight == len(steps)):
             self._quiet.set()
 
+    def preempt(self) -> None:
+        """Give its memory back everywhere, for others; what was shown stays, and ``start`` computes
+        the rest again."""
+        if not self.ended:
+            self.waits = True
+            self._on_hold = [] if self._on_hold is not None else None
+            self.leave()
+            self._renumber()
+            self.generation.suspend()
+
     def leave(self) -> None:
         """Be part of no pipeline; answers of the last one are stale from now on."""
         if self.way is not None:
@@ -246,8 +300,14 @@ class Running:
             self.way = None
         self._quiet.set()
 
-    def on_result(self, position: int, token: int, logits: NDArray[np.float32] | None) -> None:
-        self._logits = logits
+    def on_result(
+        self,
+        position: int,
+        token: int,
+        logits: NDArray[np.float32] | None,
+        top: TopLogprobs | None = None,
+    ) -> None:
+        self._logits, self._top = logits, top
         self._execute(self.generation.on_result(position, token))
 
     def stop(self, reason: FinishReason) -> None:
@@ -256,9 +316,15 @@ class Running:
 
     def fail(self, error: EdgeError) -> None:
         """End the request with an error, behind the tokens that were made before it."""
+        self.failed = True
         self.generation.stop(FinishReason.CANCELLED)  # nothing more is sent for it
-        self._quiet.set()
         self._queue.put_nowait(error)
+        self._over()
+
+    def _over(self) -> None:
+        """Its memory is freed now, not when all its tokens have been read: that may take long."""
+        self.leave()
+        self.on_over()
 
     async def tokens(self) -> AsyncIterator[MadeToken]:
         """The tokens as they are made. Raises the error that ended the request, if one did."""
@@ -282,14 +348,18 @@ class Running:
             elif isinstance(effect, Emit):
                 now = time.perf_counter()  # a loop's own clock may tick in milliseconds
                 self._goes_on(now)
-                made = MadeToken(effect.token, effect.position, now, self._logits)
+                self.first_at, self.last_at = self.first_at or now, now
+                made = MadeToken(effect.token, effect.position, now, self._logits, self._top)
                 self._queue.put_nowait(made)
             elif isinstance(effect, Finish):
                 self._goes_on(time.perf_counter())
                 self.finish = effect.reason
                 self._queue.put_nowait(None)
+                self._over()
         if unsent is not None:
             self.fail(unsent)
+        elif self.on_growth is not None and not self.ended:
+            self.on_growth(len(self.generation.tokens))
         self._look_for_quiet()
 
     def _goes_on(self, now: float) -> None:

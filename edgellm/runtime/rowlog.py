@@ -58,6 +58,8 @@ class _Sequence:
     """Bytes of the frames that its pieces lie in."""
     complete: bool = True
     """Whether it has all rows from position 0."""
+    ended: bool = False
+    """It only waits for another one that begins with its rows."""
 
     @property
     def end(self) -> int:
@@ -67,7 +69,7 @@ class _Sequence:
 
 class RowLog:
     """See the module. Holds at most ``limit`` bytes: when there is more, the largest sequence's
-    rows are given up as a whole, because a part of them is of no use."""
+    rows are given up as a whole, because a part of them is of no use; first those that ended."""
 
     def __init__(self, limit: int = MAX_LOG_BYTES) -> None:
         self._limit = limit
@@ -92,6 +94,28 @@ class RowLog:
         if log is not None:
             self._truncate(log, 0)
 
+    def keep(self, sequence: int) -> None:
+        """A sequence has ended; its rows may become the first ones of another. Unknown ones are
+        ignored."""
+        if log := self._sequences.get(sequence):
+            log.ended = True
+
+    def share(self, sequence: int, source: int, position: int, *, moved: bool) -> None:
+        """A new sequence begins with the rows of another one before ``position``; ``moved``: the
+        other one is no more."""
+        log = self._sequences.get(source)
+        self.close(sequence)
+        if log is None:
+            return
+        made = self._sequences[sequence] = _Sequence(log.epoch)
+        for piece in _until(position, log.pieces):
+            self._append(made, piece)
+        made.complete = log.complete and made.end == position
+        if not made.complete:
+            self._give_up(made)
+        if moved:
+            self.close(source)
+
     def epoch_of(self, sequence: int) -> int | None:
         """The epoch that a sequence was last opened in; None where it is not open."""
         log = self._sequences.get(sequence)
@@ -111,7 +135,9 @@ class RowLog:
                 self._keep(log, Piece(row.position, row.count, begin, kept))
             begin += row.count
         while self._held > self._limit:
-            self._give_up(max(self._sequences.values(), key=lambda log: log.size))
+            self._give_up(
+                max(self._sequences.values(), key=lambda log: (log.size > 0, log.ended, log.size))
+            )
 
     def _keep(self, log: _Sequence, piece: Piece) -> None:
         if piece.position < log.end or not piece.position:
@@ -119,6 +145,9 @@ class RowLog:
         if not log.complete or piece.position > log.end:
             self._give_up(log)
             return
+        self._append(log, piece)
+
+    def _append(self, log: _Sequence, piece: Piece) -> None:
         log.pieces.append(piece)
         log.size += piece.kept.size
         if not piece.kept.pieces:

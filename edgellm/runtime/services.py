@@ -52,10 +52,12 @@ class Services:
         dial: Callable[[PeerAddress], Awaitable[Session]],
         directory: Directory | None = None,
         takers: Sequence[Taker] = (),
+        links: LinkMeter | None = None,
     ) -> None:
-        """``takers`` are asked in turn about what nobody here takes."""
+        """``takers`` are asked in turn about what nobody here takes; ``links`` measures with
+        whatever echoes come back."""
         self.exchange = exchange
-        self.links = LinkMeter()
+        self.links = links or LinkMeter()
         self._dial = dial
         self._directory = directory
         self._takers = takers

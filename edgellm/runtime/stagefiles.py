@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,17 +18,40 @@ from typing import Any, TypeVar
 from edgellm.errors import EdgeError, FetchError, ModelFileError
 from edgellm.modelfile.manifest import ShardManifest
 from edgellm.modelfile.model import Model
+from edgellm.modelfile.vocabulary import ROLE as VOCABULARY
 from edgellm.runtime.exchange import TensorExchange
-from edgellm.runtime.fetch import fetch, fetch_manifest
+from edgellm.runtime.fetch import (
+    DeviceSource,
+    HubSource,
+    PieceSource,
+    SourceTable,
+    fetch,
+    fetch_document,
+    fetch_manifest,
+)
 from edgellm.runtime.session import Session
 from edgellm.scheduler.transfer import Progress
+from edgellm.settings import hub_settings
 from edgellm.store.assembly import Assembly, HeldFile
 from edgellm.store.cache import ShardCache
-from edgellm.store.shards import ModelShape, ShardFiles, open_local, stage_files
+from edgellm.store.hubplace import HubPlace
+from edgellm.store.hubranges import HubPieces
+from edgellm.store.shards import (
+    ModelShape,
+    ShardFiles,
+    open_local,
+    stage_files,
+    with_adapters,
+    with_vocabulary,
+)
 from edgellm.types import LayerSpan
 from edgellm.wire.messages import FileWanted, LoadStage, PeerAddress
+from edgellm.wire.plain import settings_from_plain
+from edgellm.wire.schema import ADAPTER, HUB_PLACE, LOOKUP
 
 TELL_EVERY_S = 0.25
+HUB = "hub"
+"""In a device's place, where it is said who gave how much."""
 OnPart = Callable[[str, int, int], None]
 """Told (part, bytes done, bytes in all) while a stage's files are made."""
 Dial = Callable[[PeerAddress], Awaitable[Session]]
@@ -76,6 +99,15 @@ def _paced() -> Callable[[], bool]:
     return due
 
 
+def _numbered(paths: Mapping[str, Path], role: str) -> dict[int, Path]:
+    """The files of the roles that are ``role`` and a number, by their numbers."""
+    return {
+        int(each.removeprefix(role)): path
+        for each, path in paths.items()
+        if each.removeprefix(role).isdecimal()
+    }
+
+
 class StageFilesMaker:
     """See the module."""
 
@@ -108,20 +140,30 @@ class StageFilesMaker:
         digest = str(request.model.get("digest", ""))
         shape = ModelShape(request.layers, request.width, request.vocab)
         model = await self._local_model(digest, shape)
-        if model is not None and len(span) == model.layers:
+        whole = model is not None and len(span) == model.layers
+        paths = {
+            wanted.role: await self._file(wanted, model)
+            for wanted in request.files
+            if wanted.role != HUB_PLACE and (wanted.role.startswith(ADAPTER) or not whole)
+        }
+        if model is not None and whole:
             # Nothing to cut; llama.cpp finds the other parts of a split file by itself.
-            return ShardFiles(model.paths[0])
-        paths = {wanted.role: await self._file(wanted, model) for wanted in request.files}
-        if "shard" not in paths:
+            files = ShardFiles(model.paths[0])
+        elif "shard" in paths:
+            files = await asyncio.to_thread(
+                stage_files,
+                paths["shard"],
+                paths.get("embedding"),
+                digest=digest,
+                span=span,
+                shape=shape,
+            )
+        else:
             raise ModelFileError("the plan does not say what its stages are made of.")
-        return await asyncio.to_thread(
-            stage_files,
-            paths["shard"],
-            paths.get("embedding"),
-            digest=digest,
-            span=span,
-            shape=shape,
-        )
+        adapters, lookups = _numbered(paths, ADAPTER), _numbered(paths, LOOKUP)
+        digests = [digest for digest, _ in settings_from_plain(request.settings).adapters]
+        files = await asyncio.to_thread(with_vocabulary, files, paths.get(VOCABULARY), digest)
+        return await asyncio.to_thread(with_adapters, files, adapters, lookups, digests)
 
     async def _local_model(self, digest: str, shape: ModelShape) -> Model | None:
         """The coordinator's own file, where it is on this machine."""
@@ -182,19 +224,19 @@ class StageFilesMaker:
         started = time.perf_counter()
         dialed: list[Session] = []
 
-        def connect(source: PeerAddress) -> Callable[[], Awaitable[Session]]:
-            async def dial() -> Session:
+        def connect(source: PeerAddress) -> Callable[[], Awaitable[PieceSource]]:
+            async def dial() -> PieceSource:
                 session = await self._dial(source)
                 dialed.append(session)
-                return session
+                return DeviceSource(session, self._exchange)
 
             return dial
 
-        async def coordinator() -> Session:
-            return self._coordinator
+        async def coordinator() -> PieceSource:
+            return DeviceSource(self._coordinator, self._exchange)
 
         known = {self._own_id, self._coordinator.peer.device_id}
-        sources: dict[str, Callable[[], Awaitable[Session]]]
+        sources: dict[str, Callable[[], Awaitable[PieceSource]]]
         sources = {self._coordinator.peer.name: coordinator}
         for source in request.sources:
             if source.device_id not in known:
@@ -209,7 +251,7 @@ class StageFilesMaker:
                 self._tell(part[:60], before + progress.done_bytes, assembly.total_bytes)
 
         try:
-            progress = await fetch(assembly, sources, self._exchange, tell)
+            progress = await fetch(assembly, sources, tell, later=self._hub())
         except FetchError as error:
             span = f"{request.first} to {request.end - 1}"
             error.message = f"layers {span}: {error.message}"
@@ -220,6 +262,21 @@ class StageFilesMaker:
         for name, count in progress.by_source.items():
             self.figures.fetched[name] = self.figures.fetched.get(name, 0) + count
         self.figures.spent("fetch", time.perf_counter() - started)
+
+    def _hub(self) -> SourceTable:
+        """The hub, for what no device has, where the coordinator says where to look."""
+        wanted = next((each for each in self._request.files if each.role == HUB_PLACE), None)
+
+        async def ask() -> PieceSource:
+            if wanted is None:
+                raise FetchError("nothing of this model is on the hub.")
+            raw = await fetch_document(wanted, self._coordinator, self._exchange)
+            place = await asyncio.to_thread(HubPlace.decode, raw)
+            return HubSource(
+                await asyncio.to_thread(HubPieces, place, hub_settings(), self._cancel)
+            )
+
+        return {} if wanted is None else {HUB: ask}
 
     async def close(self) -> None:
         """Give everything back; the files stay in the cache. Harmless when repeated."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edgellm.engine.host import HostFactory
 from edgellm.runtime.exchange import TensorExchange
+from edgellm.runtime.links import LinkMeter
 from edgellm.runtime.session import Session
 from edgellm.runtime.stagefiles import StageFilesMaker
 from edgellm.store.cache import ShardCache
@@ -24,6 +25,8 @@ class StageParts:
     exchange: TensorExchange
     dial: Callable[[PeerAddress], Awaitable[Session]]
     """Connects to the next stage's node, to those that hold tensors, and to successors."""
+    meter: LinkMeter
+    """Times the links that rows go out on."""
     threads: int = 0
     """This device's own limit; 0: what the plan says."""
     pin: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from edgellm.wire.care import (
     KvPage,
     Rebind,
     ResendRows,
+    Reusing,
 )
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
@@ -36,6 +37,7 @@ from edgellm.wire.messages import (
     QueryStages,
     QueryStats,
     StagesHeld,
+    StageTimes,
     Step,
     UnloadStage,
     kind_of,
@@ -54,10 +56,12 @@ _Control: TypeAlias = (
     OpenSequence
     | CloseSequence
     | QueryStats
+    | StageTimes
     | UnloadStage
     | ResendRows
     | ExportSequence
     | ExpectSequence
+    | Reusing
 )
 
 
@@ -106,7 +110,7 @@ class Worker:
             raise RemoteProtocolError(
                 f"{_ROWS_OF[frame.kind]} came from a device that is not before {stage.label}."
             )
-        stage.take(frame)
+        stage.take_rows(frame, rows)
 
     def on_message(self, session: Session, message: Message, frame: Frame) -> None:
         """Everything else. Raises RemoteProtocolError for what a worker does not take."""
@@ -134,7 +138,7 @@ class Worker:
 
     @staticmethod
     def _check_sender(stage: HostedStage, session: Session, message: Message) -> None:
-        if isinstance(message, OpenSequence | CloseSequence):
+        if isinstance(message, OpenSequence | CloseSequence | Reusing):
             allowed = stage.takes_rows_from(session)
         else:
             allowed = session is stage.coordinator
@@ -147,8 +151,12 @@ class Worker:
             stage.open_sequence(message, frame, self._clock())
         elif isinstance(message, CloseSequence):
             stage.close_sequence(message, frame)
+        elif isinstance(message, Reusing):
+            stage.reuse_sequence(message, frame)
         elif isinstance(message, QueryStats):
             stage.take(frame)
+        elif isinstance(message, StageTimes):
+            stage.note_times(message.times, self._clock())
         elif isinstance(message, UnloadStage):
             self._drop(stage)
         else:

@@ -152,6 +152,12 @@ class Generation:
         self.phase = Phase.DECODE if self.made else Phase.PREFILL
         return self._fill_window()
 
+    def suspend(self) -> None:
+        """Its pipeline forgets it: what was sent is not answered, and ``resume`` begins anew."""
+        self._pending.clear()
+        self._in_flight.clear()
+        self._acknowledged = 0
+
     def replay(self, end: int, *, exact: bool = True) -> list[SendStep]:
         """The steps that give a new first stage the tokens before ``end``, which the later ones
         hold: they answer none of them. The spans are those of ``resume``. Raises

@@ -5,13 +5,17 @@ Blocking, but quick: headers only. The bytes behind them were verified when the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from edgellm.errors import ModelFileError
 from edgellm.modelfile.card import read_card
 from edgellm.modelfile.cut import read_shard
 from edgellm.modelfile.gguf import read_header
+from edgellm.modelfile.heads import row_streams
+from edgellm.modelfile.lora import check_adapter_shard
 from edgellm.modelfile.metadata import meta_integer, meta_number, meta_string
 from edgellm.modelfile.model import Model, open_model
 from edgellm.modelfile.onnx import ONNX, OnnxCard, OnnxModel, is_onnx, open_onnx
@@ -26,9 +30,16 @@ class ShardFiles:
     shard: Path
     embedding: Path | None = None
     """Token embeddings; first stage of several only."""
+    vocabulary: Path | None = None
+    """How tokens are spelled; last stage, where answers may have to keep to a grammar."""
     residual: str = ""
     input_node: str = ""
+    fed_tokens: bool = False
     embedding_scale: float = 1.0
+    adapters: Mapping[int, Path] = field(default_factory=lambda: MappingProxyType({}))
+    """LoRA adapters, by their number in the plan; those that change nothing here are not there."""
+    embedding_adapters: Mapping[int, Path] = field(default_factory=lambda: MappingProxyType({}))
+    """The same of those that change the token embeddings; first stage of several only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +71,69 @@ def stage_files(
             field="edgellm.shard",
         )
     metadata = read_header(shard).metadata
-    width = meta_integer(metadata, f"{found.architecture}.embedding_length")
+    embedded = meta_integer(metadata, f"{found.architecture}.embedding_length") or 0
+    streams = 1 if found.architecture == ONNX else row_streams(metadata, found.architecture)
+    width = embedded * streams
     vocab = shape.vocab
     if found.last:
         vocab = meta_integer(metadata, f"{found.architecture}.vocab_size") or 0
     if (width, vocab) != (shape.width, shape.vocab):
-        told = ModelShape(found.layers, width or 0, vocab or 0)
+        told = ModelShape(found.layers, width, vocab or 0)
         raise ModelFileError(f"the shard has {told}, the plan says {shape}.")
     # A graph looks its tokens up by itself.
     wants_embedding = found.first and not found.last and found.architecture != ONNX
     if wants_embedding != (embedding is not None):
         raise ModelFileError("the first of several stages, and no other, has an embedding file.")
-    scale = 1.0 if embedding is None else _embedding_scale(embedding, digest, shape)
+    looked_up = replace(shape, width=embedded)
+    scale = 1.0 if embedding is None else _embedding_scale(embedding, digest, looked_up)
     return ShardFiles(
         shard=shard,
         embedding=embedding,
         residual=found.residual_node,
         input_node=found.input_node or "",
+        fed_tokens=found.fed_tokens,
         embedding_scale=scale,
     )
+
+
+def with_adapters(
+    files: ShardFiles,
+    adapters: Mapping[int, Path],
+    lookups: Mapping[int, Path],
+    digests: Sequence[str],
+) -> ShardFiles:
+    """The files of a stage, and the parts of adapters that it loads with them, by number.
+
+    ``lookups`` are those of the token embeddings, ``digests`` those of the plan. Only headers are
+    read. Raises ``ModelFileError`` for a file that is of none of them, or does not fit the tensors
+    of the shard or of the embeddings.
+    """
+    if not adapters and not lookups:
+        return files
+    model = open_model(files.shard)  # a shard of a model is a model; the whole file may be split
+    base = [source.info for source in model.tensors.values()]
+    rows = () if files.embedding is None else read_header(files.embedding).tensors
+    for held, tensors in ((adapters, base), (lookups, rows)):
+        for number, path in held.items():
+            if number >= len(digests):
+                raise ModelFileError(f"the plan has no adapter {number + 1}.", field="adapters")
+            check_adapter_shard(path, digests[number], model.architecture, tensors)
+    return replace(
+        files,
+        adapters=MappingProxyType(dict(adapters)),
+        embedding_adapters=MappingProxyType(dict(lookups)),
+    )
+
+
+def with_vocabulary(files: ShardFiles, vocabulary: Path | None, digest: str) -> ShardFiles:
+    """The files of a stage with the vocabulary of model ``digest``, where there is one. Raises
+    ``ModelFileError`` for that of another model."""
+    if vocabulary is None:
+        return files
+    metadata = read_header(vocabulary).metadata
+    if meta_string(metadata, "edgellm.model.digest") != digest:
+        raise ModelFileError("the vocabulary file is of another model than the plan.")
+    return replace(files, vocabulary=vocabulary)
 
 
 def _embedding_scale(path: Path, digest: str, shape: ModelShape) -> float:

@@ -1,5 +1,5 @@
-"""Messages that carry a request over to another plan: recovery, and KV pages. Pure data; see
-``vocabulary``.
+"""Messages that carry what was computed over to another plan, or to another sequence: recovery, KV
+pages, prefixes that are used again. Pure data; see ``vocabulary``.
 """
 
 from __future__ import annotations
@@ -100,6 +100,67 @@ class SequenceImported:
     pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class KeepSequence:
+    """A sequence has ended, and what it has computed is kept, for ``ShareSequence``, until
+    ``CloseSequence``. To every stage; rows that come after it are dropped."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShareSequence:
+    """A new sequence begins with what all stages have computed of another one; ``OpenSequence``
+    follows, at the same position. To every stage. An ``ErrorReport`` of the new sequence where it
+    cannot be done."""
+
+    epoch: int
+    sequence: int
+    source: int
+    """The other one."""
+    position: int
+    """How many of its tokens, from the first one on."""
+    moved: bool
+    """The other one was kept, and is no more: it becomes the new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpillSequence:
+    """Put what a kept sequence holds on the disk of each stage's device, and free its slot. Until
+    ``CloseSequence`` it can be had back by ``ShareSequence``. To every stage, each of which answers
+    ``SequenceSpilled``, or an ``ErrorReport`` of the sequence."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpilled:
+    """To the coordinator, with what it needs to tell whether that is worth its while."""
+
+    epoch: int
+    index: int
+    """Of the stage."""
+    sequence: int
+    stored_bytes: int
+    stored_s: float
+    """What it took."""
+    prefill_token_s: float
+    """What a token of a prompt takes this stage to compute; 0 where it does not know yet."""
+
+
+Reusing: TypeAlias = KeepSequence | ShareSequence | SpillSequence
+"""What goes from stage to stage about what a sequence has computed."""
 CareMessage: TypeAlias = (
-    Rebind | ResendRows | ExportSequence | ExpectSequence | KvPage | SequenceImported
+    Rebind
+    | ResendRows
+    | ExportSequence
+    | ExpectSequence
+    | KvPage
+    | SequenceImported
+    | KeepSequence
+    | ShareSequence
+    | SpillSequence
+    | SequenceSpilled
 )

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 
 from edgellm.errors import LocalProtocolError, RemoteProtocolError
-from edgellm.types import Activations
+from edgellm.types import MAX_LOGPROBS, Activations
 from edgellm.wire import schema
 from edgellm.wire.frames import Buffer, Frame, encode_frame
 from edgellm.wire.schema import (
@@ -72,6 +72,7 @@ from edgellm.wire.vocabulary import (
     StageReady,
     StagesHeld,
     StageStats,
+    StageTimes,
     StartEngine,
     Step,
     TensorsHeld,
@@ -121,6 +122,7 @@ __all__ = [
     "Row",
     "StageReady",
     "StageStats",
+    "StageTimes",
     "StagesHeld",
     "StartEngine",
     "Step",
@@ -235,7 +237,7 @@ def payload_limits(
     """
     return {
         _HIDDEN: rows_nbytes(chunk, width, activations),
-        _TOKENS: logit_rows * vocab * LOGIT_BYTES,
+        _TOKENS: logit_rows * max(vocab, 1 + 2 * MAX_LOGPROBS) * LOGIT_BYTES,
     }
 
 

@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from edgellm.errors import RemoteProtocolError, UsageError
-from edgellm.types import Activations, EngineSettings, Mode, SamplerSettings, Weights
+from edgellm.types import (
+    Activations,
+    EngineSettings,
+    Mode,
+    RopeScaling,
+    SamplerSettings,
+    Weights,
+)
 
 T = TypeVar("T")
 
@@ -36,6 +43,7 @@ _INT, _BOOL, _STR = _exactly(int), _exactly(bool), _exactly(str)
 _ENGINE: Mapping[str, Callable[[Any], Any]] = {
     "context": _INT,
     "sequences": _INT,
+    "cells": _INT,
     "chunk": _INT,
     "prompt_chunk": _INT,
     "kv_type": _STR,
@@ -46,6 +54,11 @@ _ENGINE: Mapping[str, Callable[[Any], Any]] = {
     "threads": _INT,
     "pin": lambda value: tuple(_INT(processor) for processor in value),
     "weights": Weights,
+    "spill_bytes": _INT,
+    "rope_scaling": RopeScaling,
+    "rope_scale": _number,
+    "rope_freq_base": _number,
+    "adapters": lambda value: tuple((_STR(digest), _number(scale)) for digest, scale in value),
 }
 _SAMPLER: Mapping[str, Callable[[Any], Any]] = {
     "temperature": _number,
@@ -58,6 +71,9 @@ _SAMPLER: Mapping[str, Callable[[Any], Any]] = {
     "penalty_last_n": _INT,
     "logit_bias": lambda value: tuple((_INT(token), _number(bias)) for token, bias in value),
     "seed": _INT,
+    "grammar": _STR,
+    "grammar_from": _INT,
+    "logprobs": _INT,
 }
 
 
@@ -69,6 +85,8 @@ def settings_to_plain(settings: EngineSettings) -> dict[str, Any]:
         "activations": settings.activations.value,
         "pin": list(settings.pin),
         "weights": settings.weights.value,
+        "rope_scaling": settings.rope_scaling.value,
+        "adapters": [list(pair) for pair in settings.adapters],
     }
 
 

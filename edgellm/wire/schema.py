@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from edgellm.types import Activations
+from edgellm.types import MAX_ADAPTERS, Activations
 
 MAX_INT = (1 << 53) - 1
 MAX_POSITION = (1 << 31) - 1
@@ -27,7 +27,19 @@ MAX_MAP = 64
 MAX_KEY = 64
 MAX_TEXT = 32 * 1024
 """Of any string at all; most fields allow far less."""
-FILE_ROLES = ("shard", "embedding")
+ADAPTER = "lora"
+LOOKUP = "lookup"
+HUB_PLACE = "hub"
+"""No file of a stage, but where on the hub its tensors lie: see ``store.hubplace``."""
+FILE_ROLES = (
+    "shard",
+    "embedding",
+    "vocabulary",
+    HUB_PLACE,
+    *(f"{ADAPTER}{number}" for number in range(MAX_ADAPTERS)),
+    *(f"{LOOKUP}{number}" for number in range(MAX_ADAPTERS)),
+)
+"""What a stage's files are for; adapters are numbered as in ``EngineSettings.adapters``."""
 MAX_MANIFEST_BYTES = 64 << 20
 """Of one file: enough for a terabyte of tensors."""
 NO_TOKEN = -1

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, cast
 
+from edgellm.types import MAX_ADAPTERS
 from edgellm.wire import schema
 from edgellm.wire.frames import Buffer
 from edgellm.wire.schema import MAX_LIST, MAX_SEQUENCE, NO_TOKEN, SchemaError
@@ -44,6 +45,7 @@ from edgellm.wire.vocabulary import (
     StageReady,
     StagesHeld,
     StageStats,
+    StageTimes,
     StartEngine,
     Step,
     TensorsHeld,
@@ -90,12 +92,14 @@ def _check_hidden(hidden: Hidden) -> None:
 
 
 def _check_tokens(tokens: Tokens) -> None:
-    size = _nbytes(tokens.payload)
-    if not size:
+    sizes = tokens.sizes
+    if not sizes and not _nbytes(tokens.payload):
         return
-    outputs = sum([result.token != NO_TOKEN for result in tokens.results])
-    if not outputs or size % (outputs * LOGIT_BYTES):
-        raise SchemaError(f"{size} bytes of logits do not divide over {outputs} outputs")
+    if len(sizes) != len(tokens.results) or sum(sizes) != _nbytes(tokens.payload):
+        raise SchemaError(f"{_nbytes(tokens.payload)} bytes are not those of the results")
+    for size, result in zip(sizes, tokens.results, strict=True):
+        if size % LOGIT_BYTES or (size and result.token == NO_TOKEN):
+            raise SchemaError(f"{size} bytes cannot belong to a result")
 
 
 def _check_prompt(opened: OpenSequence) -> None:
@@ -150,7 +154,16 @@ def _path_or_number(value: object) -> str | int:
 
 
 def _setting(value: object) -> object:
-    return _PINS(value) if isinstance(value, (list, tuple)) else schema.scalar(value)
+    if not isinstance(value, (list, tuple)):
+        return schema.scalar(value)
+    pairs = bool(value) and isinstance(value[0], (list, tuple))
+    return _ADAPTERS(value) if pairs else _PINS(value)
+
+
+def _adapter(value: object) -> tuple[str, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise SchemaError("an adapter is no pair of digest and scale")
+    return schema.digest(value[0]), _FINITE(value[1])
 
 
 def _sampling(value: object) -> object:
@@ -173,6 +186,7 @@ _PATH = schema.text(4096)
 _TOKEN = schema.integer(0, schema.MAX_TOKEN)
 _PINS = schema.sequence_of(schema.integer(0, 4095), MAX_LIST)
 _BIASES = schema.sequence_of(_bias, MAX_LIST)
+_ADAPTERS = schema.sequence_of(_adapter, MAX_ADAPTERS)
 
 _TABLE: Final = (
     Spec(1, Hello, _PEER),
@@ -252,6 +266,7 @@ _TABLE: Final = (
     Spec(13, UnloadStage, (_EPOCH,)),
     Spec(14, QueryStats, (_EPOCH,)),
     Spec(15, StageStats, (_EPOCH, _INDEX, ("stats", schema.mapping_of(_stat)))),
+    Spec(16, StageTimes, (_EPOCH, _INDEX, ("times", schema.mapping_of(_stat)))),
     Spec(
         20,
         OpenSequence,
@@ -273,7 +288,16 @@ _TABLE: Final = (
         (_EPOCH, ("rows", schema.rows), _WIDTH, ("activations", schema.activations)),
         _check_hidden,
     ),
-    Spec(32, Tokens, (_EPOCH, ("results", schema.results)), _check_tokens),
+    Spec(
+        32,
+        Tokens,
+        (
+            _EPOCH,
+            ("results", schema.results),
+            ("sizes", schema.sequence_of(schema.integer(0, 1 << 31), schema.MAX_ROWS)),
+        ),
+        _check_tokens,
+    ),
     Spec(50, QueryPeers, ()),
     Spec(51, KnownPeers, (("peers", _PEERS),)),
     Spec(52, Echo, (_NONCE,)),

@@ -6,10 +6,14 @@ from edgellm.wire import schema
 from edgellm.wire.care import (
     ExpectSequence,
     ExportSequence,
+    KeepSequence,
     KvPage,
     Rebind,
     ResendRows,
     SequenceImported,
+    SequenceSpilled,
+    ShareSequence,
+    SpillSequence,
 )
 from edgellm.wire.schema import MAX_POSITION, MAX_SEQUENCE, SchemaError
 from edgellm.wire.spec import Spec
@@ -49,6 +53,11 @@ def _check_rebind(rebind: Rebind) -> None:
         raise SchemaError(f"stage {rebind.index} of {rebind.stage_count}")
     if rebind.epoch == rebind.new_epoch:
         raise SchemaError("a stage goes over to the plan that it has")
+
+
+def _check_share(share: ShareSequence) -> None:
+    if share.sequence == share.source:
+        raise SchemaError("a sequence begins with itself")
 
 
 CARE = (
@@ -98,6 +107,32 @@ CARE = (
             _POSITION,
             ("received_bytes", schema.integer()),
             ("pages", schema.integer(0, MAX_PAGES)),
+        ),
+    ),
+    Spec(86, KeepSequence, (_EPOCH, _SEQUENCE)),
+    Spec(
+        87,
+        ShareSequence,
+        (
+            _EPOCH,
+            _SEQUENCE,
+            ("source", schema.integer(0, MAX_SEQUENCE)),
+            ("position", schema.integer(1, MAX_POSITION)),
+            ("moved", schema.flag),
+        ),
+        _check_share,
+    ),
+    Spec(88, SpillSequence, (_EPOCH, _SEQUENCE)),
+    Spec(
+        89,
+        SequenceSpilled,
+        (
+            _EPOCH,
+            ("index", schema.integer(0, 1023)),
+            _SEQUENCE,
+            ("stored_bytes", schema.integer()),
+            ("stored_s", schema.number(0.0)),
+            ("prefill_token_s", schema.number(0.0)),
         ),
     ),
 )

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.errors import LocalProtocolError, RemoteProtocolError
-from edgellm.types import Activations
+from edgellm.types import MAX_LOGPROBS, Activations, TopLogprobs
 from edgellm.wire.frames import Buffer
 
 TOKEN_BYTES = 4
@@ -147,6 +147,29 @@ def decode_tokens(buffer: Buffer, vocab: int) -> NDArray[np.int32]:
 def encode_logits(logits: NDArray[np.float32]) -> bytes:
     """Logits, float32 of any shape, row after row, little endian."""
     return logits.astype(_FLOAT32, copy=False).tobytes()
+
+
+def encode_top(top: TopLogprobs) -> bytes:
+    """The log-probability of the token that was taken, float32; then the ids of the likeliest ones,
+    int32; then theirs, float32. All little endian."""
+    values = (np.float32(top.chosen), np.asarray(top.logprobs, _FLOAT32))
+    ids = np.asarray(top.tokens, _INT32)
+    return values[0].astype(_FLOAT32).tobytes() + ids.tobytes() + values[1].tobytes()
+
+
+def decode_top(buffer: Buffer, vocab: int) -> TopLogprobs:
+    """The inverse of ``encode_top``. Raises ``RemoteProtocolError`` for another length, for a token
+    outside [0, vocab), or for what is no log-probability."""
+    size = memoryview(buffer).nbytes
+    count, rest = divmod(size - LOGIT_BYTES, TOKEN_BYTES + LOGIT_BYTES)
+    if rest or not 0 <= count <= MAX_LOGPROBS:
+        raise RemoteProtocolError(f"{size} bytes are no log-probabilities.")
+    ids = decode_tokens(memoryview(buffer)[LOGIT_BYTES : LOGIT_BYTES + count * TOKEN_BYTES], vocab)
+    chosen = np.frombuffer(buffer, _FLOAT32, 1)
+    values = np.frombuffer(buffer, _FLOAT32, count, LOGIT_BYTES + count * TOKEN_BYTES)
+    if not (chosen <= 0.0).all() or not (values <= 0.0).all():  # also refuses NaN
+        raise RemoteProtocolError("log-probabilities above 0, or no numbers.")
+    return TopLogprobs(float(chosen[0]), tuple(ids.tolist()), tuple(values.tolist()))
 
 
 def decode_logits(buffer: Buffer, n: int, vocab: int) -> NDArray[np.float32]:

@@ -249,6 +249,16 @@ class StageStats:
 
 
 @dataclass(frozen=True, slots=True)
+class StageTimes:
+    """What the coordinator found a stage and the link behind it to take, and what it expected: for
+    people who ask the stage's device. See ``planner.compared``."""
+
+    epoch: int
+    index: int
+    times: dict[str, int | float]
+
+
+@dataclass(frozen=True, slots=True)
 class OpenSequence:
     """Announces a sequence to every stage. Payload: its tokens so far, int32: the prompt, and after
     a recovery what was made as well."""
@@ -294,10 +304,13 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """From the last stage: a result per row. Payload: none, or float32 logits of the outputs."""
+    """From the last stage: a result per row. Payload: what was asked for with the tokens, result
+    after result: float32 logits, or top log-probabilities (``tensors.encode_top``)."""
 
     epoch: int
     results: tuple[Result, ...]
+    sizes: tuple[int, ...] = ()
+    """Bytes of the payload that belong to each result; empty where there is no payload."""
     payload: Buffer = b""
 
 
@@ -334,6 +347,7 @@ Message: TypeAlias = (
     | UnloadStage
     | QueryStats
     | StageStats
+    | StageTimes
     | OpenSequence
     | CloseSequence
     | Step

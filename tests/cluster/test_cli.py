@@ -56,7 +56,7 @@ def test_demo_prints_one_object_with_every_field(model: str, tiny: Path, tmp_pat
     assert ended.out.count("\n") == 1
     made = ended.json
     names = {"text", "tokens", "finish_reason", "mode", "plan", "load", "timings", "wire"}
-    assert made.keys() == names | {"recoveries"}
+    assert made.keys() == names | {"recoveries", "kv_pages"}
     assert [load["device"] for load in made["load"]] == ["a", "b", "c"]
     assert all(load["load_s"] >= 0 and load["total_s"] > 0 for load in made["load"])
     assert len(made["tokens"]) == 20
@@ -102,7 +102,9 @@ def test_a_single_token_has_no_time_per_token(tmp_path: Path) -> None:
     assert made["timings"]["tpot_s"] is None
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_every_device_of_a_demo_gets_a_stage(devices: int, tmp_path: Path) -> None:
     ended = demo(
         tmp_path, *STUB, "--devices", str(devices), "--max-tokens", "20", "--temperature", "0"

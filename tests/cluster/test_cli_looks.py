@@ -74,8 +74,16 @@ def test_what_is_loaded(peer: str, tmp_path: Path) -> None:
         (stage,) = edgellm(*looking, "--json", temp=folders[1]).json["stages"]
         assert (stage["device"], stage["coordinator"]) == ("kitchen", "desk")
         assert (stage["model"], stage["layers"]) == ("stub", [2, 6])
-        row = edgellm(*looking, temp=folders[1]).out.splitlines()[1]
+        for _ in range(10):  # within seconds its coordinator has looked what it takes
+            (stage,) = edgellm(*looking, "--json", temp=folders[1]).json["stages"]
+            if "step_s" in stage.get("times", {}):
+                break
+        assert stage["times"]["step_s"] >= 0.02 > stage["times"]["step_expected_s"]
+        assert "slower than" in stage["deviations"][0]
+        shown = edgellm(*looking, temp=folders[1]).out
+        row = shown.splitlines()[1]
         assert row.split()[:8] == ["kitchen", "stub", "desk", "2", "to", "5", "2", "of"]
+        assert any(line.startswith("kitchen is ") for line in shown.splitlines())
     finally:
         process.terminate()
         assert finish(process).code == 130
@@ -110,8 +118,12 @@ def test_doctor_with_a_model(demo_model: Path, tmp_path: Path) -> None:
     ended = edgellm("doctor", "--model", str(demo_model), "--json", temp=tmp_path)
     assert ended.code == 0, ended.out
     assert ended.json["card"]["architecture"] == "llama"
-    shown = edgellm("doctor", "--model", str(demo_model), temp=tmp_path)
+    assert ended.json["cut"]["result"] == "pass"
+    assert [each["boundary"] for each in ended.json["cut"]["cuts"]] == [4, 7]
+    shown = edgellm("doctor", "--model", str(demo_model), "--no-cut", temp=tmp_path)
     assert "feed-forward 512" in shown.out
+    assert "cut exact" not in shown.out
+    assert list(tmp_path.iterdir()) == [], "looking makes nothing"
 
 
 def test_doctor_with_something_broken(tmp_path: Path) -> None:

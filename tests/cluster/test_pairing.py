@@ -372,7 +372,7 @@ def test_at_a_terminal_an_invitation_has_a_qr_code(tmp_path: Path) -> None:
 # --- forgetting -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", ["name", "id"])
+@pytest.mark.parametrize("by", ["name", pytest.param("id", marks=pytest.mark.slow)])
 def test_a_forgotten_device_is_refused_at_once(by: str, tmp_path: Path) -> None:
     with joined(tmp_path, "kitchen") as kitchen:
         options = ("--code", str(kitchen.json["code"]), "--peer", kitchen.address)

@@ -48,6 +48,8 @@ from tests.tinymodels import VOCABULARY, WIDTH, write_tiny_model
 STUB = "stub:6:delay=0.01"
 STORIES = "stories260K-f32.gguf"
 TEXT = "Once upon a time"
+OF_EACH = ["b", *[pytest.param(each, marks=pytest.mark.slow) for each in "ac"]]
+"""Which device: the one in the middle. The others take their time when slow tests are asked for."""
 SPLIT = {"stub": "a:0-2,b:2-4,c:4-6", "stories": "a:0-2,b:2-4,c:4-5"}
 
 
@@ -103,7 +105,7 @@ def pid_of(nodes: list[LocalNode], device: str) -> int:
     return next(node.process.pid for node in nodes if node.device.name == device)
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_a_killed_stage_costs_its_plan_and_no_node(
     start_cluster: StartCluster, engine: str, model: str, device: str
 ) -> None:
@@ -121,7 +123,7 @@ async def test_a_killed_stage_costs_its_plan_and_no_node(
         )
 
 
-@pytest.mark.parametrize("device", ["a", "b", "c"])
+@pytest.mark.parametrize("device", OF_EACH)
 async def test_a_killed_node_is_named_and_the_others_go_on(
     start_cluster: StartCluster, engine: str, model: str, device: str
 ) -> None:
@@ -213,8 +215,17 @@ def interrupted(process: subprocess.Popen[str], number: signal.Signals) -> Ended
     return finish(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["nodes start", "stages load", "answer"])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("nodes start", signal.SIGINT),
+        pytest.param("nodes start", signal.SIGTERM, marks=pytest.mark.slow),
+        ("stages load", signal.SIGTERM),
+        pytest.param("stages load", signal.SIGINT, marks=pytest.mark.slow),
+        ("answer", signal.SIGINT),
+        pytest.param("answer", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_demo_leaves_nothing(
     tmp_path: Path, engine: str, model: str, when: str, number: signal.Signals
 ) -> None:

@@ -10,7 +10,15 @@ import pytest
 
 from edgellm.errors import DeadlineError, PeerLostError, RemoteProtocolError
 from edgellm.runtime import links
-from edgellm.runtime.links import Burst, LinkMeter, bandwidth, next_burst, usual_round_trip
+from edgellm.runtime.links import (
+    Burst,
+    LinkMeter,
+    bandwidth,
+    next_burst,
+    rounds_of,
+    unloaded_round_trip,
+    usual_round_trip,
+)
 from edgellm.runtime.session import Introduction, Session
 from edgellm.transport.base import Transport
 from edgellm.transport.memory import Link, MemoryNetwork
@@ -226,6 +234,9 @@ async def test_links_are_measured_one_after_the_other() -> None:
 @pytest.mark.pure
 def test_arithmetic() -> None:
     assert usual_round_trip([0.9]) == 0.9
+    # 4 KiB at 1 MiB a second took 4 ms of it; over a wire that is faster, next to nothing.
+    assert unloaded_round_trip(0.010, 1 << 20) == pytest.approx(0.010 - 4096 / (1 << 20))
+    assert unloaded_round_trip(0.001, 1 << 20) == 0.0
     assert usual_round_trip([0.9, 0.1, 0.3, 0.2]) == 0.2
     assert bandwidth(Burst(1000, 1.5), 0.5) == pytest.approx(1000)
     # A round trip above the whole burst's time: jitter, not a link without end.
@@ -240,3 +251,14 @@ def test_bursts_grow_until_one_tells_enough() -> None:
     assert next_burst(Burst(links.LAST_BURST_BYTES, 0.011), 0.01, 2.0) is None
     assert next_burst(Burst(1 << 23, 0.011), 0.01, 2.0) == links.LAST_BURST_BYTES
     assert next_burst(Burst(1 << 15, 0.06), 0.01, 0.2) is None  # the next would take 0.21 s
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_everyone_meets_everyone_and_only_one_at_a_time(count: int) -> None:
+    rounds = rounds_of(count)
+    for pairs in rounds:
+        ends = [end for pair in pairs for end in pair]
+        assert len(ends) == len(set(ends))
+    met = [pair for pairs in rounds for pair in pairs]
+    assert len(met) == len(set(met)) == count * max(0, count - 1)
+    assert len(rounds) <= 2 * count

@@ -266,8 +266,9 @@ async def test_figures_of_one_request_are_its_own(start: StartInline) -> None:
             assert (timings["prompt_tokens"], timings["completion_tokens"]) == (37, 5)
             assert [stage["tokens"] for stage in timings["stages"]] == [41, 41]
             links = {(each["from"], each["to"]): each for each in answer["wire"]["links"]}
-            # 5 chunks of the prompt, 4 tokens, the opening of the sequence and its end
-            assert links["a", "b"]["messages"] == 11
+            # 5 chunks of the prompt, 4 tokens, the opening of the sequence and its end; and echoes
+            # that time the link, four a second at most
+            assert 11 <= links["a", "b"]["messages"] <= 14
             assert answer["wire"]["returned_bytes_per_token"] <= 200
 
 

@@ -17,6 +17,7 @@ from edgellm.errors import DeviceError, EdgeError, PeerLostError, StageError
 from edgellm.runtime.session import Introduction, Session
 from edgellm.transport.memory import Link, MemoryNetwork
 from edgellm.types import Activations, SamplerSettings
+from edgellm.wire.care import KeepSequence, ShareSequence
 from edgellm.wire.frames import Frame
 from edgellm.wire.messages import (
     CloseSequence,
@@ -106,7 +107,7 @@ async def test_stale_and_repeated_frames_change_nothing(tmp_path: Path) -> None:
                 tokens.append(piece.made.token)
                 if len(tokens) == COUNT:
                     continue
-                (running,) = pipeline._running
+                (running,) = model.lasting._running
                 at = piece.made.position - 1
                 ids = encode_tokens([9])
                 # of another plan; said before; of the next position but of an earlier token
@@ -122,7 +123,8 @@ async def test_stale_and_repeated_frames_change_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["a", "b"])
 @pytest.mark.parametrize(
-    "kind", ["step", "hidden", "open", "close", "stats", "unload", "tokens", "error"]
+    "kind",
+    ["step", "hidden", "open", "close", "keep", "share", "stats", "unload", "tokens", "error"],
 )
 async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(
     tmp_path: Path, kind: str, device: str
@@ -138,6 +140,8 @@ async def test_a_stranger_is_hung_up_on_and_nothing_else_happens(
             "hidden": hidden_rows(epoch, 1, 0),
             "open": OpenSequence(epoch, 9, sampler, 60.0, False, 0, encode_tokens([9])),
             "close": CloseSequence(epoch, 1),
+            "keep": KeepSequence(epoch, 1),
+            "share": ShareSequence(epoch, 9, 1, 5, False),
             "stats": QueryStats(epoch),
             "unload": UnloadStage(epoch),
             "tokens": Tokens(epoch, (Result(1, 0, 5),)),

@@ -363,7 +363,7 @@ async def test_a_token_in_the_journal_is_shown_though_the_next_step_cannot_be_se
                 async for piece in pieces:
                     if piece.made is not None:
                         shown.append(piece.made.token)
-                    (running,) = model.pipeline._running.values()
+                    (running,) = model.lasting._running.values()
                     if len(shown) == 3:
                         journal = running.generation
                         monkeypatch.setattr(Pipeline, "send_step", fails)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from edgellm.errors import DeadlineError, DeviceError, EdgeError, NoPlanError, S
 from edgellm.runtime.pipeline import Pipeline
 from edgellm.runtime.recovery import MAX_TRIES
 from edgellm.runtime.rowlog import RowLog
-from edgellm.scheduler.generation import Generation, SendStep
+from edgellm.scheduler.batching import Part
+from edgellm.scheduler.generation import Generation
 from edgellm.transport.memory import MemoryNetwork
 from edgellm.types import FinishReason
 from edgellm.wire.frames import Frame
@@ -605,18 +606,19 @@ async def test_control_a_replay_of_a_wrong_token_is_seen(
 ) -> None:
     async with three(tmp_path, exact=True) as (_, model, network):
         first = model.pipeline
-        send = Pipeline.send_step
+        send = Pipeline._send
 
-        def wrong(self: Pipeline, running: Any, step: SendStep) -> None:
-            journal = running.generation.tokens
-            if self is first or step.position != len(PROMPT) + 2:
-                send(self, running, step)
+        def wrong(self: Pipeline, parts: Sequence[Part]) -> None:
+            (part,) = parts
+            journal = self._running[part.sequence].generation.tokens
+            if self is first or part.position != len(PROMPT) + 2:
+                send(self, parts)
                 return
-            kept, journal[step.position] = journal[step.position], 9
-            send(self, running, step)
-            journal[step.position] = kept
+            kept, journal[part.position] = journal[part.position], 9
+            send(self, parts)
+            journal[part.position] = kept
 
-        monkeypatch.setattr(Pipeline, "send_step", wrong)
+        monkeypatch.setattr(Pipeline, "_send", wrong)
         made = await answer(model, at(6, lambda: lose(network, "b")))
         assert list(made.tokens)[:6] == EXPECTED[:6]
         assert list(made.tokens) != EXPECTED

@@ -10,25 +10,36 @@ from pathlib import Path
 
 from edgellm.errors import EdgeError, ModelFileError, RemoteProtocolError
 from edgellm.modelfile import legal_boundaries, open_model, read_card, shard_recipe
-from edgellm.modelfile.cut import write_shard
+from edgellm.modelfile.adapted import adapted
+from edgellm.modelfile.cut import write_recipe, write_shard
+from edgellm.modelfile.lora import (
+    adapter_recipe,
+    check_adapter_shard,
+    embedding_adapter_recipe,
+    open_adapter,
+)
 from edgellm.modelfile.manifest import (
     HASH_BYTES,
     ShardManifest,
     TensorDigest,
     shard_manifest,
 )
+from edgellm.modelfile.metadata import meta_string
 from edgellm.modelfile.onnx import OnnxCard, onnx_recipe, open_onnx, open_stage
+from edgellm.store.hubplace import HubPlace, Span
 from edgellm.types import Activations, EngineSettings, LayerSpan
 from edgellm.wire import messages as m
 from edgellm.wire.connection import Closed, Connection, Role
 from edgellm.wire.frames import FrameDecoder, encode_frame
 from tests.fuzz.driver import Target, mutated
+from tests.tinyadapters import write_adapter
 from tests.tinymodels import write_tiny_model
 from tests.tinyonnx import write_tiny_onnx
 
 LIMITS = dict.fromkeys(range(1, 256), 4096)
 MODELS = ("llama", "gemma2", "lfm2")
 
+PLACE = HubPlace("a/b", "0" * 40, ("x.gguf", "y.gguf"), {"ab" * 32: Span(1, 5, 9)})
 WIRE_SEEDS = tuple(
     b"".join(m.encode(message))
     for message in (
@@ -112,6 +123,42 @@ def _feed_gguf(data: bytes, folder: Path) -> bool:
     return True
 
 
+def _adapters(folder: Path) -> list[bytes]:
+    """Of a tiny llama: a whole one, and the part of a stage."""
+    base = write_tiny_model("llama", folder, layers=2)
+    path = write_adapter(base, folder / "adapter.gguf", outer=["output", "token_embd"], rank=2)
+    model = open_model(base)
+    adapter = open_adapter(path, model)
+    recipe = adapter_recipe(adapter, model, LayerSpan(0, 2))
+    if recipe is None:
+        raise AssertionError("the adapter has no part")
+    part = write_recipe(recipe, adapter.source.read, folder / "part.gguf")
+    return [path.read_bytes(), part.read_bytes()]
+
+
+def _feed_adapter(data: bytes, folder: Path) -> bool:
+    """Everything that happens with an adapter before native code sees it."""
+    path, base = folder / "fuzzed.gguf", folder / "llama-2.gguf"
+    path.write_bytes(data)
+    model = open_model(base if base.exists() else write_tiny_model("llama", folder, layers=2))
+    try:
+        adapter = open_adapter(path, model)
+        adapted(read_card(model), [adapter]).stage_memory(LayerSpan(0, 2), EngineSettings())
+        for span in (LayerSpan(0, 1), LayerSpan(1, 2)):
+            recipe = adapter_recipe(adapter, model, span)
+            if recipe is not None:
+                recipe.header()
+        if (recipe := embedding_adapter_recipe(adapter, model)) is not None:
+            recipe.header()
+        base_tensors = [source.info for source in model.tensors.values()]
+        digest = meta_string(adapter.source.metadata, "edgellm.adapter.digest")
+        if digest is not None:
+            check_adapter_shard(path, digest, model.architecture, base_tensors)
+    except EdgeError:
+        return False
+    return True
+
+
 def _graphs(folder: Path) -> list[bytes]:
     """Graphs with their weights inside: a target is one file."""
     kinds = ("onnx-plain", "onnx-conv")
@@ -177,10 +224,21 @@ def _feed_manifest(data: bytes, folder: Path) -> bool:
     return True
 
 
+def _feed_place(data: bytes, folder: Path) -> bool:
+    try:
+        place = HubPlace.decode(data)
+    except ModelFileError:
+        return False
+    if HubPlace.decode(place.encode()) != place:
+        raise AssertionError("a place does not come back as it was")
+    return True
+
+
 TARGETS = (
     Target("wire", lambda folder: WIRE_SEEDS, _feed_wire, resealed, seconds=0.1),
     Target("connection", lambda folder: WIRE_SEEDS[1:-1], _feed_connection, resealed, seconds=0.1),
     Target("gguf", _models, _feed_gguf),
+    Target("adapter", _adapters, _feed_adapter),
     *(
         (
             Target("onnx", _graphs, _feed_onnx),
@@ -189,5 +247,6 @@ TARGETS = (
         if find_spec("onnx") is not None  # it writes the seeds
         else ()
     ),
+    Target("hub-place", lambda folder: [PLACE.encode()], _feed_place, seconds=0.1),
     Target("manifest", lambda folder: [tiny_manifest(folder)], _feed_manifest, seconds=0.5),
 )

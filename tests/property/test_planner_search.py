@@ -22,8 +22,8 @@ from edgellm.planner import (
     plan_as_asked,
     plan_for,
 )
-from edgellm.planner.cost import HANDLING_S
 from edgellm.planner.partition import EXACT_DEVICES
+from edgellm.planner.speeds import HANDLING_S
 from edgellm.types import DeviceId, EngineSettings, Epoch, LayerSpan
 from tests.brute import Need, Work
 

@@ -141,6 +141,7 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
     loads(),
     st.tuples(ints, ints).map(lambda pair: m.LoadProgress(1, 2, "fetch", min(pair), max(pair))),
     st.builds(m.StageReady, ints, st.integers(0, 1023), ints, maps(st.floats(0, 1e300))),
+    st.builds(m.StageTimes, ints, st.integers(0, 1023), maps(ints | st.floats(0, 1e300))),
     st.builds(m.UnloadStage, ints),
     st.builds(m.QueryStats, ints),
     st.builds(m.StageStats, ints, st.integers(0, 1023), maps(ints | floats)),
@@ -216,6 +217,18 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
         st.binary(min_size=1),
     ),
     st.builds(care.SequenceImported, ints, small, small, ints, st.integers(0, 9)),
+    st.builds(care.KeepSequence, ints, small),
+    st.builds(care.SpillSequence, ints, small),
+    st.builds(
+        care.SequenceSpilled, ints, st.integers(0, 9), small, ints, st.floats(0, 9), st.floats(0, 9)
+    ),
+    st.builds(
+        lambda epoch, ends, position, moved: care.ShareSequence(epoch, *ends, position, moved),
+        ints,
+        st.lists(small, min_size=2, max_size=2, unique=True),
+        st.integers(1, 9),
+        st.booleans(),
+    ),
     st.builds(m.StartEngine, st.dictionaries(labels, scalars | st.tuples(trees), max_size=4)),
 )
 

@@ -50,7 +50,8 @@ if "--build" in sys.argv:
         sys.exit(2)
     folder = pathlib.Path(sys.argv[sys.argv.index("--build") + 1]) / "bin"
     folder.mkdir(parents=True)
-    for name in ("ggml-rpc-server", "libllama.so", "libggml-rpc.so"):
+    server = ["llama-server"] if "llama-server" in sys.argv else []
+    for name in ("ggml-rpc-server", "libllama.so", "libggml-rpc.so", *server):
         (folder / name).touch()
 """
 # A server that listens where llama.cpp's would, and says in a file what it was started with.
@@ -116,6 +117,24 @@ async def test_it_is_built_once_with_progress_and_nothing_but_the_programs_is_ke
 
     assert await kept_build(told.append) == build
     assert len(tools()) == 2, "it was there already"
+
+
+async def test_the_http_server_is_a_build_of_its_own_that_serves_both(
+    tools: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    plain = await kept_build(lambda _line: None)
+    assert not plain.serving.exists()
+    with pytest.raises(UsageError, match="holds no llama-server"):
+        given_build(plain.folder, serving=True)
+    serving = await kept_build(lambda _line: None, serving=True)
+    assert serving.serving.is_file()
+    assert given_build(serving.folder, serving=True) == serving
+    configured, built = tools()[2:]
+    assert "-DLLAMA_BUILD_SERVER=ON" in configured
+    assert "ggml-rpc-server llama llama-server" in built
+    for more in (True, False):
+        assert await kept_build(lambda _line: None, serving=more) == serving
+    assert len(tools()) == 4
 
 
 async def test_the_engines_own_flags_are_used_and_told_apart(

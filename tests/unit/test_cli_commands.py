@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import pytest
@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 
 from edgellm.answer import LoadOptions
 from edgellm.cli import devices, plan, ps
+from edgellm.cli.answers import Asides
 from edgellm.cli.app import app_of
+from edgellm.cli.asked import Loading
 from edgellm.cli.clusters import DeviceFacts, LinkFacts, MemberFacts
 from edgellm.cli.devices import scaled, size
 from edgellm.cli.spread import spread
 from edgellm.client import explain
+from edgellm.errors import UsageError
 from edgellm.modelref import open_reference
 from edgellm.planner import DeviceOffer, DeviceSpeed
 from edgellm.types import DeviceId
@@ -143,6 +146,16 @@ def test_devices_that_are_not_there_are_listed_too() -> None:
     assert "attic left: it was stopped." in lines
 
 
+def test_batteries_and_heat_are_told_where_they_matter() -> None:
+    hot = replace(device("b"), figures={"temperature_c": 91.4, "on_mains": 0, "on_battery": 1})
+    lines = drawn(devices.as_tables([device("a"), hot], ())).splitlines()
+    said = " ".join(" ".join(lines[-2:]).split())
+    assert said.startswith("b runs on battery, and then it offers half its memory (--on-battery")
+    assert said.endswith("; its processor has 91 degrees.")
+    assert devices.power_note({"on_mains": 0, "on_battery": 0}) == "runs on battery"
+    assert devices.power_note({"on_mains": 1, "temperature_c": 60.0}) == ""
+
+
 def test_a_plan_for_people_and_for_programs() -> None:
     def offer(name: str, memory: int) -> DeviceOffer:
         return DeviceOffer(name, DeviceId(name * 64), memory, DeviceSpeed(1e9, 1e11, 1e-4))
@@ -178,17 +191,61 @@ def test_a_plan_says_who_is_left_out_and_who_could_do_it_alone() -> None:
     assert "b is left out" in drawn(plan.as_tables(opened, explained))
 
 
+def test_a_model_is_loaded_for_what_it_is_to_be_good_at() -> None:
+    """Alone a token is made soonest; of two, the first one comes sooner."""
+    opened = open_reference("stub:64")
+    offers = [
+        DeviceOffer(name, DeviceId(name * 64), 1 << 30, DeviceSpeed(1e9, 1e8, 1e-4))
+        for name in ("a", "b")
+    ]
+
+    def stages(objective: str) -> int:
+        made = explain(opened, offers, LoadOptions(objective=objective))
+        assert str(made.question.objective) == objective
+        return len(made.plan.stages)
+
+    assert (stages("tpot"), stages("ttft"), stages("tpot=1,throughput=1000")) == (1, 2, 2)
+    with pytest.raises(UsageError, match="is no objective"):
+        Loading(objective="speed").options()
+    assert Loading(objective="ttft").options().objective == "ttft"
+
+
 def test_what_is_loaded_for_people() -> None:
     stage = {
         "device": "kitchen", "model": "tinyllama", "layers": [0, 11], "stage": 0, "stages": 2,
-        "memory_bytes": 300 << 20, "coordinator": "desk", "since_s": 61.5, "tokens": 120,
+        "memory_bytes": 300 << 20, "coordinator": "desk", "since_s": 61.5,
     }  # fmt: skip
-    rows = [line.split() for line in drawn(ps.as_table([stage, {}])).splitlines()]
+    rows = [line.split() for line in drawn(ps.as_tables([stage, {}])).splitlines()]
     assert rows[1] == [
-        "kitchen", "tinyllama", "desk", "0", "to", "10", "1", "of", "2", "300", "MiB", "120",
+        "kitchen", "tinyllama", "desk", "0", "to", "10", "1", "of", "2", "300", "MiB",
         "1", "min", "2", "s", "ago",
     ]  # fmt: skip
     assert rows[2][:3] == ["1", "of", "1"], "what is not told stays empty"
+    assert len(rows) == 3
+
+
+def test_what_stages_take_for_people() -> None:
+    """Beside what was expected, with the device that comes next; nonsense counts as not told."""
+    stage = {"model": "tinyllama", "stages": 2, "coordinator": "desk"}
+    times = {
+        "measured": 1, "step_s": 0.042, "step_expected_s": 0.02, "prompt_s": 1.5e-3,
+        "prompt_expected_s": 1.4e-3, "link_s": 0.9e-3, "link_expected_s": 0.8e-3,
+        "link_bytes": 4230, "link_expected_bytes": 4098, "token_s": 0.0651,
+        "token_expected_s": 0.041, "ago_s": 3.0,
+    }  # fmt: skip
+    stages = [
+        {**stage, "device": "kitchen", "stage": 0, "times": times},
+        {**stage, "device": "pi", "stage": 1, "times": {"step_s": "x", "prompt_s": 2e-3}},
+    ]
+    lines = [" ".join(line.split()) for line in drawn(ps.as_tables(stages)).splitlines()]
+    assert "kitchen pi 42 20 1.5 1.4 0.9 0.8 4,230 4,098" in lines
+    assert "pi desk 2" in lines
+    assert "tinyllama for desk: a token in 65.1 ms, expected 41 ms." in lines
+    assert "kitchen is 2.1 x slower than measured: another program?" in lines
+    kitchen, pi = json.loads(json.dumps(ps.as_data(stages)))
+    assert kitchen["times"]["step_s"] == 0.042 and kitchen["times_ago_s"] == 3.0
+    assert kitchen["deviations"] == ["kitchen is 2.1 x slower than measured: another program?"]
+    assert pi["times"] == {"measured": 0, "prompt_s": 2e-3}
 
 
 @pytest.mark.parametrize(
@@ -207,3 +264,16 @@ def test_figures_have_three_digits(value: float | None, unit: float, words: str)
 
 def test_sizes() -> None:
     assert [size(each) for each in (1000, 5 << 20, 3 << 29)] == ["1 KiB", "5 MiB", "1.5 GiB"]
+
+
+def test_words_about_devices_do_not_get_into_a_line_that_is_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asides = Asides()
+    with asides.typing():
+        asides.tell("b is slow.")
+        asides.tell("Moved in 1.0 s.")
+        assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "b is slow.\nMoved in 1.0 s.\n"
+    asides.tell("Going on after 0.5 s.")
+    assert capsys.readouterr().err == "Going on after 0.5 s.\n"

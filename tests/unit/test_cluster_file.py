@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ mbit_per_s = 8
         ("[[devices]]\nname = 'a'\n", "'devices' is not known; did you mean 'device'?"),
         ("[[device]]\nmemory = '1GiB'\n", "[[device]] number 1: name is missing"),
         ("[[device]]\nname = 'a'\n", "device 'a': memory is missing"),
-        (DEVICE + "memry = 3\n", "'memry' is not known; did you mean 'memory'?"),
+        (DEVICE + "memry = 3\n", "device 'pi': 'memry' is not known; did you mean 'memory'?"),
         ("[[device]]\nname = 'a'\nmemory = '1 lot'\n", "memory is '1 lot'; a size like"),
         ("[[device]]\nname = 'a'\nmemory = true\n", "memory is true or false; a size like"),
         ("[[device]]\nname = 'a'\nmemory = 7\n", "memory is the number 7; a size like"),
@@ -144,14 +145,21 @@ def test_a_model_that_cannot_fit_gives_the_numbers(tmp_path: Path) -> None:
     code, message = refused(tmp_path, large + DEVICE + "count = 2\n")
     assert code == 3
     assert message.startswith("the model does not fit: the model needs ")
-    assert "pi-1 offers 1024.0 MiB, pi-2 offers 1024.0 MiB; no split over them fits" in message
+    offers = "pi-1 offers 1024.0 MiB, pi-2 offers 1024.0 MiB"
+    assert f"{offers}; no split over their 2048.0 MiB fits" in message
+    code, message = refused(tmp_path, large + DEVICE)
+    needed = re.search(r"needs ([0-9.]+) MiB on one device; pi offers 1024.0 MiB, ", message)
+    short = re.search(r", ([0-9.]+) MiB too little", message)
+    assert needed is not None
+    assert short is not None
+    assert float(needed[1]) - float(short[1]) == pytest.approx(1024, abs=0.11)
 
 
 def test_a_device_without_memory(tmp_path: Path) -> None:
     nothing = DEVICE.replace('"1GiB"', '"0MiB"')
     code, message = refused(tmp_path, SMALL + nothing)
     assert code == 3
-    assert "pi offers 0.0 MiB; layers 3-4 cannot be cut and alone need " in message
+    assert "; pi offers no memory; layer 3 with the head alone needs " in message
     path = tmp_path / "cluster.toml"
     path.write_text(SMALL + nothing + DEVICE.replace("pi", "desk"))
     told = json.loads(planned("--cluster", str(path), "--json").stdout)

@@ -30,6 +30,8 @@ EXIT_CODES = {
     "StageError": 4,
     "PeerLostError": 4,
     "FetchError": 4,
+    "HubError": 4,
+    "BusyError": 4,
     "DeadlineError": 4,
     "ProtocolError": 4,
     "LocalProtocolError": 4,

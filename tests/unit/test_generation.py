@@ -247,7 +247,8 @@ def test_misuse_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "chunk"), [(1, 64), (512, 64), (1024, 64), (1536, 96), (2040, 128), (100_000, 128)]
+    ("length", "chunk"),
+    [(1, 64), (512, 64), (2048, 64), (3072, 96), (4080, 128), (100_000, 128)],
 )
 def test_the_chunk_of_a_prompt_depends_on_its_length_alone(length: int, chunk: int) -> None:
     assert prompt_chunk(length, most=128) == chunk

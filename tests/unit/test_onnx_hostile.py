@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgellm.answer import LoadOptions
 from edgellm.errors import EdgeError, ModelFileError, SplitError, UnsupportedModelError, UsageError
 from edgellm.modelfile.cut import write_shard
 from edgellm.modelfile.onnx import OnnxCard, onnx_recipe, open_onnx, open_stage
 from edgellm.modelfile.onnx.protobuf import put_bytes, put_integer, put_varint
 from edgellm.modelref import open_reference
-from edgellm.types import EngineSettings, LayerSpan
+from edgellm.planner import DeviceOffer
+from edgellm.planning import explain
+from edgellm.types import DeviceId, EngineSettings, LayerSpan
 from tests.tinyonnx import KINDS, LAYERS, write_tangled_onnx, write_tiny_onnx
 
 onnx: Any = pytest.importorskip("onnx")
@@ -353,6 +356,16 @@ def test_folders_and_their_files(folder: Path) -> None:
     empty.mkdir()
     with pytest.raises(ModelFileError, match=r"no \.onnx file"):
         open_reference(str(empty))
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0", "f32"])
+def test_a_kv_type_that_the_graph_does_not_have(kv_type: str, folder: Path) -> None:
+    """The graph fixes the type of its cells: another one is refused, not passed over."""
+    opened = open_reference(str(folder))
+    offers = [DeviceOffer("a", DeviceId("a"), 1 << 30)]
+    with pytest.raises(UsageError, match=f"itself.*Leave --kv-type {kv_type} out"):
+        explain(opened, offers, LoadOptions(kv_type=kv_type))
+    assert explain(opened, offers, LoadOptions()).plan.stages[0].device == "a"
 
 
 # --- shards ---------------------------------------------------------------------------

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.errors import RemoteProtocolError
-from edgellm.types import KV_TYPES, Activations, EngineSettings, Mode, SamplerSettings
+from edgellm.types import (
+    KV_TYPES,
+    Activations,
+    EngineSettings,
+    Mode,
+    RopeScaling,
+    SamplerSettings,
+)
 from edgellm.wire.plain import (
     sampler_from_plain,
     sampler_to_plain,
@@ -33,6 +40,14 @@ ENGINES = st.builds(
     swa_full=st.booleans(),
     threads=st.integers(0, 512),
     pin=st.lists(st.integers(0, 1023), max_size=8).map(tuple),
+    rope_scaling=st.sampled_from([RopeScaling.MODEL, RopeScaling.LINEAR, RopeScaling.YARN]),
+    rope_scale=st.just(0.0) | st.floats(0.01, 1e4),
+    rope_freq_base=st.just(0.0) | st.floats(1.0, 1e12),
+    adapters=st.lists(
+        st.tuples(st.integers(0, (1 << 256) - 1).map("{:064x}".format), st.floats(-1e4, 1e4)),
+        max_size=2,
+        unique_by=lambda pair: pair[0],
+    ).map(tuple),
 )
 SAMPLERS = st.builds(
     SamplerSettings,
@@ -48,6 +63,9 @@ SAMPLERS = st.builds(
         tuple
     ),
     seed=st.integers(0, (1 << 53) - 1),
+    grammar=st.text(max_size=20),
+    grammar_from=st.integers(0, (1 << 31) - 1),
+    logprobs=st.integers(-1, 20),
 )
 
 
@@ -86,6 +104,21 @@ def test_sampler_settings_come_back(settings: SamplerSettings) -> None:
         {"activations": "float8"},
         {"pin": 3},
         {"pin": ["x"]},
+        {"rope_scaling": "longrope"},
+        {"rope_scaling": "none", "rope_scale": 2.0},
+        {"rope_scale": float("nan")},
+        {"rope_scale": -1.0},
+        {"rope_scale": 1e9},
+        {"rope_freq_base": 0.5},
+        {"rope_freq_base": "high"},
+        {"adapters": [["0" * 64]]},
+        {"adapters": [["../x", 1.0]]},
+        {"adapters": [["0" * 64, float("inf")]]},
+        {"adapters": [["0" * 64, "1"]]},
+        {"adapters": [["0" * 64, 1.0]] * 2},
+        {"adapters": [[f"{n:064x}", 1.0] for n in range(9)]},
+        {"adapters": [[f"{n:064x}", 1.0] for n in range(3)], "mode": "reference"},
+        {"adapters": 3},
         {"surprise": 1},
     ],
 )
@@ -109,7 +142,11 @@ def test_engine_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> N
         {"logit_bias": 7},
         {"logit_bias": [["x", 1.0]]},
         {"logit_bias": [[1, 1.0]] * 1025},
-        {"grammar": "root ::= x"},
+        {"grammar": 1},
+        {"grammar": "x" * (24 * 1024 + 1)},
+        {"grammar_from": -1},
+        {"logprobs": 21},
+        {"mirostat": 1},
     ],
 )
 def test_sampler_settings_that_cannot_be_are_refused(change: dict[str, Any]) -> None:

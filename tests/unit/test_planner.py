@@ -378,7 +378,7 @@ def test_no_plan_gives_the_numbers() -> None:
     with pytest.raises(NoPlanError, match=r"needs 91\.0 MiB.*b offers 60\.0 MiB, d offers 20") as e:
         plan_for(EvenCard(), [B, offer("d", 20)], SETTINGS, EPOCH)
     assert e.value.exit_code == 3
-    with pytest.raises(NoPlanError, match=r"alone need 16\.0 MiB"):
+    with pytest.raises(NoPlanError, match=r"layer 0 alone needs 16\.0 MiB, more than any"):
         plan_for(EvenCard(), [offer("d", 12), offer("e", 15)], SETTINGS, EPOCH)
     with pytest.raises(NoPlanError, match="no device offers"):
         plan_for(EvenCard(), [], SETTINGS, EPOCH)

@@ -12,13 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgellm.probe.figures import (
+    AttentionTimings,
     DeviceFigures,
+    KindFigures,
+    KindTimings,
     Timings,
+    attention_rates,
     better_figures,
     figures_of,
+    kind_figures,
     relative_spread,
     undisturbed,
 )
+from edgellm.wire.schema import MAX_MAP
 
 pytestmark = pytest.mark.pure
 
@@ -31,8 +37,13 @@ FIGURES = DeviceFigures(
     spread=0.02,
     threads=4,
     plain_weights=True,
+    handling_s=5e-4,
+    decode_attention_flops_per_s=1.6e10,
+    prefill_attention_flops_per_s=5e10,
+    extra_bytes=3e6,
+    kinds=(KindFigures("q4_K", 2.2e10, 1.9e11), KindFigures("f16", 3e10, 1.5e11)),
 )
-NAMES = [field.name for field in dataclasses.fields(DeviceFigures)]
+NAMES = [field.name for field in dataclasses.fields(DeviceFigures) if field.name != "kinds"]
 
 VALUES: st.SearchStrategy[Any] = st.one_of(
     st.floats(),
@@ -49,7 +60,13 @@ VALUES: st.SearchStrategy[Any] = st.one_of(
 
 def test_there_and_back() -> None:
     plain = FIGURES.to_plain()
-    assert set(plain) == set(NAMES)
+    of_kinds = {
+        f"{name}.{kind}"
+        for name in ("decode_bytes_per_s", "prefill_flops_per_s")
+        for kind in ("q4_K", "f16")
+    }
+    assert set(plain) == {*NAMES, *of_kinds}
+    assert len(plain) <= MAX_MAP  # as the wire carries them
     assert DeviceFigures.from_plain(json.loads(json.dumps(plain))) == FIGURES
     assert FIGURES.complete
 
@@ -72,6 +89,13 @@ def test_a_lie_costs_its_own_figure_alone(name: str, value: object) -> None:
     read = DeviceFigures.from_plain({**FIGURES.to_plain(), name: value})
     assert getattr(read, name) == getattr(DeviceFigures(), name)
     assert dataclasses.replace(read, **{name: getattr(FIGURES, name)}) == FIGURES
+
+
+def test_a_type_is_known_by_both_of_its_figures_or_not_at_all() -> None:
+    plain = dict(FIGURES.to_plain())
+    plain["decode_bytes_per_s.q4_K"] = -3
+    plain["decode_bytes_per_s.q9_9"] = plain["prefill_flops_per_s.q9_9"] = 1e9
+    assert [one.kind for one in DeviceFigures.from_plain(plain).kinds] == ["f16"]
 
 
 @pytest.mark.parametrize("name", ["decode_bytes_per_s", "prefill_flops_per_s", "disk_bytes_per_s"])
@@ -108,15 +132,15 @@ def timings(**changes: Any) -> Timings:
 
 
 def test_figures_are_of_undisturbed_calls_less_the_overhead() -> None:
-    found = figures_of(timings(), disk_bytes_per_s=None, threads=2, now=5.0)
+    found = figures_of(timings(), threads=2, now=5.0)
     assert found.step_overhead_s == 0.0001
     assert found.decode_bytes_per_s == pytest.approx(1e10, rel=1e-3)
     assert found.prefill_flops_per_s == pytest.approx(2 * 160e6 * 64 / 0.1, rel=1e-3)
-    assert (found.disk_bytes_per_s, found.measured_at, found.threads) == (None, 5.0, 2)
+    assert (found.measured_at, found.threads) == (5.0, 2)
 
 
 def test_an_overhead_above_the_step_does_not_make_a_device_infinitely_fast() -> None:
-    found = figures_of(timings(bare_steps=(1.0,)), disk_bytes_per_s=1e9, threads=1, now=5.0)
+    found = figures_of(timings(bare_steps=(1.0,)), threads=1, now=5.0)
     assert found.decode_bytes_per_s == pytest.approx(100e6 / 0.00101, rel=1e-3)
     assert DeviceFigures.from_plain(found.to_plain()) == found
 
@@ -134,11 +158,11 @@ def test_plain_weights_must_win_and_cost_nothing(
     chunk_s: float, step_s: float, plain: bool
 ) -> None:
     other = timings(chunks=(chunk_s,) * 3, steps=(step_s,) * 5)
-    found = better_figures(timings(), other, disk_bytes_per_s=None, threads=2, now=5.0)
+    found = better_figures(timings(), other, threads=2, now=5.0)
     assert found.plain_weights is plain
     chosen = other if plain else timings()
-    usual = figures_of(chosen, disk_bytes_per_s=None, threads=2, now=5.0)
-    assert found.prefill_flops_per_s == usual.prefill_flops_per_s
+    expected = figures_of(chosen, threads=2, now=5.0)
+    assert found.prefill_flops_per_s == expected.prefill_flops_per_s
     assert DeviceFigures.from_plain(found.to_plain()) == found
 
 
@@ -146,6 +170,24 @@ def test_what_disturbs_the_half_of_all_calls_is_left_out() -> None:
     assert undisturbed([3.0]) == 3.0
     assert undisturbed([1.0, 1.0, 1.0, 9.0, 9.0, 9.0]) == 1.0
     assert 1.0 < undisturbed([1.0, 2.0, 2.0, 2.0, 2.0]) <= 2.0  # one lucky call is not believed
+
+
+def test_a_type_s_figures() -> None:
+    one = KindTimings("q6_K", 100_000_000, 120_000_000, 64, (0.0101,) * 3, (0.1001,) * 2)
+    found = kind_figures(one, overhead_s=1e-4)
+    assert found.decode_bytes_per_s == pytest.approx(1e10, rel=1e-3)
+    assert found.prefill_flops_per_s == pytest.approx(2 * 120e6 * 64 / 0.1, rel=1e-3)
+
+
+def test_attention_is_what_distance_adds() -> None:
+    steps = tuple((at, 1e-3 + 2e-6 * at) for at in (64, 65, 66, 832, 833, 834))
+    chunks = ((0, 0.010), (768, 0.010 + 768 * 1e-5))
+    told = AttentionTimings(8192, 64, steps, chunks)
+    decode, prefill = attention_rates(told)
+    assert decode == pytest.approx(8192 / 2e-6, rel=1e-2)
+    assert prefill == pytest.approx(8192 * 64 / 1e-5, rel=1e-2)
+    nothing = AttentionTimings(8192, 64, ((0, 1e-3), (768, 1.01e-3)), ())
+    assert attention_rates(nothing) == (None, None)
 
 
 def test_spread() -> None:

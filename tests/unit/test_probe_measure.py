@@ -6,19 +6,29 @@ import os
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from edgellm.errors import DeadlineError, DeviceError, StageError
+from edgellm.planner import MEASURED_KINDS
 from edgellm.probe import DeviceFigures, child, measure
 from edgellm.probe.measure import Effort
 from edgellm.probe.synthetic import BlockShape
 
 SMALL = BlockShape(width=512, feed_forward=1536, layers=2)
 QUICK = Effort(
-    rounds=2, steps=8, steps_within_s=0.05, chunks=1, chunks_within_s=0.0, disk_bytes=1 << 20
+    rounds=2,
+    steps=8,
+    steps_within_s=0.05,
+    chunks=1,
+    chunks_within_s=0.0,
+    kinds=(),
+    attention_rounds=0,
+    handling_rows=0,
+    disk_bytes=1 << 20,
 )
 Fake = Callable[[str], None]
 
@@ -48,7 +58,10 @@ def names(folder: Path) -> list[str]:
 
 async def test_a_real_probe(tmp_path: Path) -> None:
     before, began = children(), time.time()
-    found = await probe(tmp_path)
+    effort = replace(
+        QUICK, kinds=MEASURED_KINDS, kind_rounds=1, attention_rounds=1, handling_rows=3
+    )
+    found = await probe(tmp_path, effort=effort)
     assert found.complete
     assert found.decode_bytes_per_s is not None
     assert found.prefill_flops_per_s is not None
@@ -57,6 +70,14 @@ async def test_a_real_probe(tmp_path: Path) -> None:
     assert 1e8 < found.decode_bytes_per_s < 1e12
     assert 1e9 < found.prefill_flops_per_s < 1e13
     assert 1e-6 < found.step_overhead_s < 1e-2
+    assert [one.kind for one in found.kinds] == list(MEASURED_KINDS)
+    for one in found.kinds:
+        assert 1e8 < one.decode_bytes_per_s < 1e12
+        assert 1e9 < one.prefill_flops_per_s < 1e13
+    assert found.handling_s is not None
+    assert 1e-6 < found.handling_s < 1.0
+    for rate in (found.decode_attention_flops_per_s, found.prefill_attention_flops_per_s):
+        assert rate is None or 1e7 < rate < 1e13  # None: a busy machine hid the difference
     assert found.threads == 1
     assert began <= found.measured_at <= time.time()
     assert DeviceFigures.from_plain(found.to_plain()) == found
@@ -148,6 +169,21 @@ async def test_a_disk_that_hangs_costs_its_own_figure(
     found = await probe(tmp_path, effort=Effort(rounds=1, steps=3, chunks=1, disk_within_s=0.3))
     assert found.complete
     assert found.disk_bytes_per_s is None
+
+
+async def test_details_that_fail_cost_themselves_alone(tmp_path: Path, fake: Fake) -> None:
+    fake("""
+        import os
+        from edgellm.probe import child
+        child.time_attention = lambda block, request: os.abort()
+        child.main()
+    """)
+    effort = replace(QUICK, kinds=("q8_0",), attention_rounds=1, handling_rows=3)
+    found = await probe(tmp_path, effort=effort)
+    assert found.complete
+    assert found.kinds == ()
+    assert found.decode_attention_flops_per_s is None
+    assert found.handling_s is not None  # that is another process's
 
 
 async def test_a_missing_folder_is_an_error_with_a_reason(tmp_path: Path) -> None:

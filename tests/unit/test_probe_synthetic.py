@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from edgellm.errors import DeviceError
 from edgellm.modelfile import read_card
 from edgellm.modelfile.gguf import read_header
-from edgellm.probe.synthetic import BARE, BlockShape, shape_for, write_block
+from edgellm.planner import MEASURED_KINDS
+from edgellm.probe.synthetic import BARE, BlockShape, shape_for, shape_of_kind, write_block
 
 MIB = 1 << 20
 SMALL = BlockShape(width=512, feed_forward=1536, layers=2)
@@ -46,6 +47,33 @@ def test_weights_are_small_numbers_around_zero(tmp_path: Path) -> None:
             assert np.isfinite(values).all()
             assert abs(float(values.mean())) < 0.005
             assert 0.01 < float(values.std()) < 0.05
+
+
+@pytest.mark.parametrize("kind", MEASURED_KINDS)
+def test_a_block_of_a_single_type(tmp_path: Path, kind: str) -> None:
+    quants = pytest.importorskip("gguf.quants")
+    from gguf import GGMLQuantizationType
+
+    shape = shape_of_kind(kind, 0)
+    path = tmp_path / "block.gguf"
+    write_block(path, shape)
+    tensors = [one for one in read_header(path).tensors if len(one.shape) == 2 and one.shape[1] > 1]
+    assert {one.type.name for one in tensors} == {kind}
+    assert sum(one.nbytes for one in tensors) == shape.weight_bytes
+    for one in tensors[:3]:
+        data = np.fromfile(path, np.uint8, one.nbytes, offset=one.offset)
+        values = quants.dequantize(data, GGMLQuantizationType(one.type.id))
+        assert abs(float(values.mean())) < 0.005
+        assert 0.01 < float(values.std()) < 0.05
+
+
+@pytest.mark.pure
+def test_blocks_of_single_types_exceed_the_cache_and_fit_the_memory() -> None:
+    for kind in MEASURED_KINDS:
+        assert shape_of_kind(kind, 4 << 30, 32 * MIB).weight_bytes > 2 * 32 * MIB
+        assert shape_of_kind(kind, 4 << 30, 1 << 30).layers <= 12
+        assert shape_of_kind(kind, 200 * MIB, 1 << 30).weight_bytes <= 200 * MIB
+        assert shape_of_kind(kind, 0).weight_bytes < 16 * MIB
 
 
 def test_the_mixture_is_that_of_q4_k_m() -> None:

@@ -266,6 +266,51 @@ def test_memory_stays_bounded_whatever_is_sent() -> None:
     assert MAX_LOG_BYTES == 64 << 20
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_sequence_begins_with_the_rows_of_another_one(moved: bool) -> None:
+    log = filled((0, 8), (8, 8), (16, 1))
+    log.keep(1)
+    log.share(2, 1, 12, moved=moved)
+    log.open(2, 12, EPOCH)
+    add(log, hidden([(2, 12, 3)]))
+    pieces = log.before(2, 15)
+    assert shapes(pieces) == [(0, 8), (8, 4), (12, 3)]
+    assert pieces is not None
+    again = sent_again(pieces[1], 2, 99)
+    rows = decode_rows(again.payload, 4, WIDTH, again.activations)
+    assert np.array_equal(rows, values(1, 8, 4))
+    assert again.rows == (Row(2, 8, 4, False),)
+    assert shapes(log.before(1, 17)) == (None if moved else [(0, 8), (8, 8), (16, 1)])
+    log.close(1)
+    assert log.before(2, 15) is not None
+    log.close(2)
+    assert log.held_bytes == 0
+
+
+def test_rows_that_are_not_all_kept_are_no_beginning() -> None:
+    log = filled((0, 8), (8, 8))
+    for source, position in ((1, 17), (3, 8)):
+        log.share(2, source, position, moved=False)
+        log.open(2, position, EPOCH)
+        add(log, hidden([(2, position, 3)]))
+        assert log.before(2, position + 3) is None
+    assert log.before(1, 16) is not None
+
+
+def test_rows_of_what_has_ended_are_given_up_first() -> None:
+    log = filled((0, 8), (8, 8))
+    limit = log.held_bytes
+    log = RowLog(limit)
+    for sequence in (1, 2):
+        log.open(sequence, 0, EPOCH)
+    add(log, hidden([(1, 0, 2)]))
+    log.keep(1)
+    add(log, hidden([(2, 0, 8)]))
+    add(log, hidden([(2, 8, 8)]))
+    assert log.before(1, 2) is None
+    assert log.before(2, 16) is not None
+
+
 def test_a_frame_that_is_no_rows_is_not_sent_again() -> None:
     log = RowLog()
     log.open(1, 0, EPOCH)

@@ -200,7 +200,7 @@ def test_first_run_builds_and_installs_the_second_does_nothing(ready_machine: Ma
     assert first.returncode == 0, first.stderr
     assert len(ready_machine.calls("wheel")) == 1
     (install,) = ready_machine.calls("install")
-    assert f"--editable {ready_machine.root}[llama,onnx,fast,dev]" in install
+    assert f"--editable {ready_machine.root}[llama,onnx,fast,hub,serve,dev]" in install
     assert "llama_cpp_python-0.3.36-py3-none-any.whl" in install
 
     began = time.monotonic()

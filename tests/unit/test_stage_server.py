@@ -107,8 +107,12 @@ def test_configuration_survives_as_plain_data() -> None:
         embedding="/a/c.gguf",
         residual="l_out",
         input_node="inp",
+        fed_tokens=True,
         embedding_scale=8.5,
         model="0f" * 32,
+        vocabulary="/a/d.gguf",
+        adapters=(("/a/e.gguf", 0.5),),
+        embedding_adapters=(("/a/f.gguf", 0.5),),
     )
     assert stage_config_from(stage_config_to(whole, 1, 2)) == whole
     # every field is carried: none is at its default in the configuration above

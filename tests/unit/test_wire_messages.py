@@ -59,6 +59,7 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
     (13, m.UnloadStage(7)),
     (14, m.QueryStats(7)),
     (15, m.StageStats(7, 1, {"decode_s": 0.5, "tokens": 12})),
+    (16, m.StageTimes(7, 1, {"decode_s": 0.5, "decode_expected_s": 0.25})),
     (
         20,
         m.OpenSequence(
@@ -75,6 +76,7 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
     (30, m.Step(7, (Row(3, 0, 2, False), Row(4, 9, 1, True)), bytes(12))),
     (31, m.Hidden(7, (Row(3, 0, 2, True),), 8, Activations.FLOAT16, bytes(2 * (2 + 16)))),
     (32, m.Tokens(7, (Result(3, 1, 42), Result(4, 9, m.NO_TOKEN)))),
+    (32, m.Tokens(7, (Result(3, 1, 42), Result(4, 9, 5)), (0, 8), bytes(8))),
     (50, m.QueryPeers()),
     (51, m.KnownPeers((m.PeerAddress("ab" * 32, "kitchen", "192.168.1.7", 7171),))),
     (52, m.Echo(5, bytes(64))),
@@ -108,6 +110,10 @@ EXAMPLES: tuple[tuple[int, m.Message], ...] = (
         care.KvPage(8, 3, "0f" * 32, 0, 4, "f16", "cells", 64, 12, 1, 2, "0f" * 32, b"cells"),
     ),
     (85, care.SequenceImported(8, 3, 76, 4096, 2)),
+    (86, care.KeepSequence(7, 3)),
+    (87, care.ShareSequence(7, 4, 3, 64, True)),
+    (88, care.SpillSequence(7, 3)),
+    (89, care.SequenceSpilled(7, 1, 3, 4096, 0.01, 0.002)),
     (40, m.StartEngine({"engine": "stub", "limits": {"memory": 5, "none": None}, "pin": (1, 2)})),
 )
 
@@ -243,9 +249,12 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
         (31, [0, [[0, 0, 1, True]], 4, "bfloat16"], bytes(10)),
         (31, [0, [[0, 0, 1, True]], 0, "float32"], b""),
         (31, [0, [[0, 0, 1 << 30, True]], 1 << 20, "float32"], bytes(16)),
-        (32, [0, [[0, 0, -2]]], b""),
-        (32, [0, [[0, 0, -1]]], bytes(4)),
-        (32, [0, [[0, 0, 1], [1, 0, 1]]], bytes(4)),
+        (32, [0, [[0, 0, -2]], []], b""),
+        (32, [0, [[0, 0, -1]], [4]], bytes(4)),
+        (32, [0, [[0, 0, 1], [1, 0, 1]], [4]], bytes(4)),
+        (32, [0, [[0, 0, 1]], []], bytes(4)),
+        (32, [0, [[0, 0, 1]], [8]], bytes(4)),
+        (32, [0, [[0, 0, 1]], [3]], bytes(3)),
         (51, [[["ab", "kitchen", "192.168.1.7", 0]]], b""),
         (51, [[["ab", "kitchen\n", "192.168.1.7", 1]]], b""),
         (51, [[["ab", "kitchen", "192.168.1.7", 1]] * 257], b""),
@@ -256,6 +265,10 @@ def test_unknown_kinds_are_refused(kind: int) -> None:
         (62, [1, "ab" * 32, 0, (1 << 20) + 1], b""),
         (62, [1, "ab" * 32, -1, 1], b""),
         (63, [1, False], b"bytes"),
+        (87, [0, 3, 3, 64, True], b""),
+        (87, [0, 4, 3, 0, True], b""),
+        (87, [0, 4, -1, 64, True], b""),
+        (87, [0, 4, 3, 64, 1], b""),
     ],
 )
 def test_what_breaks_the_schema_is_refused(kind: int, fields: Any, payload: bytes) -> None:

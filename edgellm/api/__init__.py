@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP over any model that the cluster runs: ``edgellm serve``."""

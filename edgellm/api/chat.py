@@ -1,0 +1,286 @@
+"""``/v1/chat/completions``: a request becomes answers, and answers what OpenAI clients read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgellm.api.reasoning import OPEN, ReasoningSplitter
+from edgellm.api.requests import ChatRequest
+from edgellm.api.served import Part, Reply, Served, TokenLog
+from edgellm.api.shaping import Delta, Shaper, Thought
+from edgellm.api.sse import DONE, Outbox, event
+from edgellm.api.tools import Calls
+from edgellm.api.toolstream import CallArgued, CallBegan, Said, ToolStream
+from edgellm.api.toolsyntax import MISTRAL, answer_grammar, prompt_of
+
+LEAST_LOGPROB = -9999.0
+"""What stands for no chance at all; JSON has no infinity."""
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A chat ready to run: everything that may be refused has been looked at."""
+
+    request: ChatRequest
+    served: Served
+    prompt: tuple[int, ...]
+    grammar: str
+    thinking: bool
+
+
+async def prepare(request: ChatRequest, served: Served) -> Prepared:
+    """Make the prompt and the grammar. Raises ApiError, EdgeError."""
+    toolset, model = request.toolset, served.model
+    messages, variables = prompt_of(request.messages, toolset, served.syntax)
+    if model.opened.chat_template is None:
+        text = "\n".join(message["content"] for message in messages)
+        prompt, thinking = await model.prompt_tokens(text, raw=True), False
+    else:
+        rendered = await model.rendered(messages, {**request.variables, **variables})
+        thinking = rendered.rstrip().endswith(OPEN)
+        prompt = await model.rendered_tokens(rendered)
+    grammar = answer_grammar(
+        toolset, served.syntax, request.format, request.schema, thinking=thinking
+    )
+    served.check_grammar(grammar)
+    served.room(len(prompt), request.asked)
+    return Prepared(request, served, tuple(prompt), grammar, thinking)
+
+
+def replies(prepared: Prepared) -> list[Reply]:
+    """The answers that were asked for, each to be run."""
+    request, served = prepared.request, prepared.served
+    toolset = request.toolset
+    made = []
+    for choice in range(request.asked.choices):
+        tools = None
+        if toolset.calls is not Calls.NONE:
+            tools = ToolStream(
+                served.syntax,
+                toolset.names,
+                _short_id if served.syntax is MISTRAL else _call_id,
+                parallel=toolset.parallel,
+            )
+        shaper = Shaper(served.marks, ReasoningSplitter(opened=prepared.thinking), tools)
+        sampler = replace(request.asked.sampler_of(choice), grammar=prepared.grammar)
+        made.append(Reply(served, prepared.prompt, request.asked, sampler, shaper))
+    return made
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _short_id() -> str:
+    return "".join(secrets.choice(_LETTERS) for _ in range(9))
+
+
+# --- running several answers ------------------------------------------------------------
+
+
+async def run_all(
+    running: Sequence[Reply], leave: Callable[[], None]
+) -> AsyncGenerator[tuple[int, Part | None], None]:
+    """The parts of several answers as they come, each with its answer's number, and None at its
+    end. ``leave`` gives the place of one back."""
+    news: asyncio.Queue[tuple[int, Part | BaseException | None]] = asyncio.Queue()
+
+    async def run(number: int, reply: Reply) -> None:
+        try:
+            async with contextlib.aclosing(reply.parts()) as parts:
+                async for part in parts:
+                    news.put_nowait((number, part))
+        except Exception as error:  # noqa: BLE001 - raised below, by whoever reads
+            news.put_nowait((number, error))
+        else:
+            news.put_nowait((number, None))
+
+    tasks = [asyncio.create_task(run(*each)) for each in enumerate(running)]
+    for task in tasks:
+        # Also of one that is cancelled before it begins.
+        task.add_done_callback(lambda _: leave())
+    try:
+        left = len(tasks)
+        while left:
+            number, part = await news.get()
+            if isinstance(part, BaseException):
+                raise part
+            left -= part is None
+            yield number, part
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage_of(running: Sequence[Reply]) -> dict[str, Any]:
+    """Tokens of all answers together; the prompt counts once."""
+    prompt = running[0].prompt_tokens
+    made = sum(reply.made_tokens for reply in running)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": running[0].cached_tokens},
+    }
+
+
+# --- a whole answer ---------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Message:
+    """What one answer came to."""
+
+    said: list[str] = field(default_factory=list)
+    thought: list[str] = field(default_factory=list)
+    calls: list[tuple[CallBegan, list[str]]] = field(default_factory=list)
+    logs: list[TokenLog] = field(default_factory=list)
+
+    def add(self, part: Part) -> None:
+        self.logs += part.logs
+        for delta in part.deltas:
+            if isinstance(delta, Said):
+                self.said.append(delta.text)
+            elif isinstance(delta, Thought):
+                self.thought.append(delta.text)
+            elif isinstance(delta, CallBegan):
+                self.calls.append((delta, []))
+            else:
+                self.calls[delta.index][1].append(delta.text)
+
+    def to_plain(self) -> dict[str, Any]:
+        text = "".join(self.said)
+        told: dict[str, Any] = {
+            "role": "assistant",
+            "content": text if text or not self.calls else None,
+            "refusal": None,
+        }
+        if self.thought:
+            told["reasoning_content"] = "".join(self.thought)
+        if self.calls:
+            told["tool_calls"] = [
+                {
+                    "id": began.id,
+                    "type": "function",
+                    "function": {"name": began.name, "arguments": "".join(arguments) or "{}"},
+                }
+                for began, arguments in self.calls
+            ]
+        return told
+
+
+async def complete(prepared: Prepared, leave: Callable[[], None]) -> dict[str, Any]:
+    """The whole answer, as one object."""
+    running = replies(prepared)
+    messages = [Message() for _ in running]
+    async with contextlib.aclosing(run_all(running, leave)) as parts:
+        async for number, part in parts:
+            if part is not None:
+                messages[number].add(part)
+    wanted = prepared.request.asked.sampler.logprobs >= 0
+    return {
+        **_head("chat.completion", prepared.served),
+        "choices": [
+            {
+                "index": number,
+                "message": message.to_plain(),
+                "logprobs": logprobs_of(message.logs) if wanted else None,
+                "finish_reason": reply.finish,
+            }
+            for number, (message, reply) in enumerate(zip(messages, running, strict=True))
+        ],
+        "usage": usage_of(running),
+    }
+
+
+def _head(kind: str, served: Served) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": served.name,
+        "system_fingerprint": served.fingerprint,
+    }
+
+
+def logprobs_of(logs: Sequence[TokenLog]) -> dict[str, Any]:
+    """``logprobs`` of a choice."""
+    return {
+        "content": [
+            {
+                **_token(log.text, log.logprob),
+                "top_logprobs": [_token(text, value) for text, value in log.top],
+            }
+            for log in logs
+        ],
+        "refusal": None,
+    }
+
+
+def _token(text: bytes, logprob: float) -> dict[str, Any]:
+    return {
+        "token": text.decode("utf-8", "replace"),
+        "logprob": max(logprob, LEAST_LOGPROB),
+        "bytes": list(text),
+    }
+
+
+# --- a streamed one ---------------------------------------------------------------------
+
+
+async def stream(prepared: Prepared, leave: Callable[[], None], box: Outbox) -> None:
+    """Put the answer into ``box``, chunk by chunk."""
+    running = replies(prepared)
+    head = _head("chat.completion.chunk", prepared.served)
+    asked = prepared.request.asked
+    more: dict[str, Any] = {"usage": None} if asked.include_usage else {}
+
+    def chunk(number: int, delta: dict[str, Any], finish: str | None, logs: Any = None) -> bytes:
+        choice = {"index": number, "delta": delta, "logprobs": logs, "finish_reason": finish}
+        return event({**head, "choices": [choice], **more})
+
+    begun: set[int] = set()
+
+    def begin(number: int) -> None:
+        if number not in begun:
+            begun.add(number)
+            box.put(chunk(number, {"role": "assistant", "content": ""}, None))
+
+    async with contextlib.aclosing(run_all(running, leave)) as parts:
+        async for number, part in parts:
+            begin(number)
+            if part is None:
+                box.put(chunk(number, {}, running[number].finish))
+                continue
+            logs = logprobs_of(part.logs) if part.logs else None
+            for delta in part.deltas or (Said(""),):
+                box.put(chunk(number, delta_to_plain(delta), None, logs))
+                logs = None
+    if asked.include_usage:
+        box.put(event({**head, "choices": [], "usage": usage_of(running)}))
+    box.put(DONE)
+
+
+def delta_to_plain(delta: Delta) -> dict[str, Any]:
+    """A delta of a chunk. What it does not bring is not in it: no client needs a null."""
+    if isinstance(delta, Said):
+        return {"content": delta.text}
+    if isinstance(delta, Thought):
+        return {"reasoning_content": delta.text}
+    if isinstance(delta, CallBegan):
+        function = {"name": delta.name, "arguments": ""}
+        call = {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+        return {"tool_calls": [call]}
+    return {"tool_calls": [_argued(delta)]}
+
+
+def _argued(delta: CallArgued) -> dict[str, Any]:
+    return {"index": delta.index, "function": {"arguments": delta.text}}

@@ -1,0 +1,236 @@
+"""The models that are served: which there are, which are loaded, and loading one when it is named.
+
+A request names a model; it never names a file. What may be loaded is what the command line named
+and what this device's own library holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from edgellm.api.errors import ApiError, of_bug, of_load
+from edgellm.api.served import Served
+from edgellm.errors import EdgeError, NoPlanError
+from edgellm.loaded import LoadedModel
+
+LOAD_WAIT_S = 60.0
+"""How long a request waits for its model before it is told to come back."""
+RETRY_S = 5.0
+LOOK_EVERY_S = 2.0
+
+
+class Loader(Protocol):
+    """Loads a model: an async context manager around it, as ``Cluster.load`` is."""
+
+    def __call__(self, reference: str) -> contextlib.AbstractAsyncContextManager[LoadedModel]: ...
+
+
+@dataclass(slots=True)
+class Entry:
+    """A model that may be named."""
+
+    name: str
+    reference: str
+    served: Served | None = None
+    problem: ApiError | None = None
+    """Why the last attempt to load it failed, as clients are told."""
+    failure: EdgeError | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    task: asyncio.Task[None] | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def state(self) -> str:
+        """``loaded``, ``lost`` (no device is left that could hold it), ``loading``, ``failed`` or
+        ``available``."""
+        if self.served is not None:
+            return "loaded" if self.served.model.lasting.problem is None else "lost"
+        if self.task is not None:
+            return "loading"
+        return "failed" if self.problem is not None else "available"
+
+    def to_plain(self) -> dict[str, Any]:
+        """As ``/v1/models`` lists it."""
+        told: dict[str, Any] = {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "edgellm",
+            "state": self.state,
+        }
+        if self.served is not None:
+            told["context_length"] = self.served.model.plan.settings.context
+            told["digest"] = self.served.model.opened.digest
+        return told
+
+
+class Models:
+    """See the module. ``close`` frees what is loaded."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        named: Mapping[str, str],
+        local: Callable[[], Mapping[str, str]] = dict,
+        *,
+        queue: int,
+        deadline_s: float,
+        wait_s: float = LOAD_WAIT_S,
+    ) -> None:
+        """``named``: references by name, the first being the one that is meant where a request
+        names none; ``local`` tells those that are on this device, whenever it is asked."""
+        self._loader = loader
+        self._local = local
+        self._queue = queue
+        self._deadline_s = deadline_s
+        self._wait_s = wait_s
+        self._entries = {name: Entry(name, reference) for name, reference in named.items()}
+        self._first = next(iter(self._entries), None)
+        self._named = frozenset(self._entries)
+        self._looked = -LOOK_EVERY_S
+
+    @property
+    def deadline_s(self) -> float:
+        return self._deadline_s
+
+    async def refresh(self) -> None:
+        """Look into the library again, unless that was a moment ago."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        local = await asyncio.to_thread(self._local)
+        for name, entry in list(self._entries.items()):
+            gone = name not in self._named and name not in local
+            if gone and entry.task is None:
+                del self._entries[name]
+        for name, reference in local.items():
+            self._entries.setdefault(name, Entry(name, reference))
+
+    def entries(self) -> list[Entry]:
+        """All that may be named, as far as is known."""
+        return list(self._entries.values())
+
+    def entry(self, name: str | None) -> Entry:
+        """Raises ApiError 404 with the names that there are."""
+        entries = {entry.name: entry for entry in self.entries()}
+        wanted = self._first if name is None else name
+        if wanted is not None:
+            found = entries.get(wanted) or next(
+                (each for key, each in entries.items() if key.casefold() == wanted.casefold()), None
+            )
+            if found is not None:
+                return found
+        names = ", ".join(entries) or "none"
+        raise ApiError(
+            404,
+            f"there is no model {str(name)[:100]!r} here. There are: {names[:2000]}.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def served(self) -> list[Served]:
+        """Those that are loaded."""
+        return [entry.served for entry in self._entries.values() if entry.served is not None]
+
+    def start(self, name: str) -> None:
+        """Begin to load a model, unless it is loaded or being loaded."""
+        entry = self._entries[name]
+        if entry.task is None:
+            entry.problem = entry.failure = None
+            entry.stop, entry.settled = asyncio.Event(), asyncio.Event()
+            entry.task = asyncio.create_task(self._hold(entry))
+
+    async def load(self, name: str) -> None:
+        """Load a model now. Raises EdgeError where it cannot be."""
+        self.start(name)
+        entry = self._entries[name]
+        await entry.settled.wait()
+        if entry.served is None and entry.failure is not None:
+            raise entry.failure
+
+    async def get(self, name: str | None) -> Served:
+        """The model that a request names, loaded. Waits while it is being loaded.
+
+        Raises ApiError: 404 for an unknown one, 503 where loading takes longer, and why it cannot
+        be loaded.
+        """
+        if name is not None and name not in self._entries:
+            await self.refresh()
+        entry = self.entry(name)
+        if entry.served is None:
+            self.start(entry.name)
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    await entry.settled.wait()
+            except TimeoutError as error:
+                raise ApiError(
+                    503,
+                    f"{entry.name} is being loaded.",
+                    code="model_loading",
+                    retry_after_s=RETRY_S,
+                ) from error
+        served = entry.served
+        if served is None:
+            raise entry.problem or ApiError(
+                503, f"{entry.name} is not loaded.", code="model_loading", retry_after_s=RETRY_S
+            )
+        return served
+
+    async def _hold(self, entry: Entry) -> None:
+        """Keep a model loaded until it is told to stop; one task, since it is one context."""
+        try:
+            try:
+                await self._serve(entry)
+            except NoPlanError:
+                if not await self._make_room(entry):
+                    raise
+                await self._serve(entry)
+        except EdgeError as error:
+            entry.problem, entry.failure = of_load(error), error
+        except Exception as error:  # noqa: BLE001 - told to whoever asks for the model
+            entry.problem = of_bug(error)
+        finally:
+            entry.served = entry.task = None
+            entry.settled.set()
+
+    async def _serve(self, entry: Entry) -> None:
+        async with self._loader(entry.reference) as model:
+            entry.served = await Served.of(
+                entry.name, model, queue=self._queue, deadline_s=self._deadline_s
+            )
+            entry.settled.set()
+            try:
+                await entry.stop.wait()
+            finally:
+                entry.served = None
+
+    async def _make_room(self, wanted: Entry) -> bool:
+        """Unload the models that nobody uses now. False where there is none."""
+        idle = [
+            entry
+            for entry in self._entries.values()
+            if entry is not wanted and entry.served is not None and not entry.served.gate.inside
+        ]
+        tasks = [entry.task for entry in idle if entry.task is not None]
+        for entry in idle:
+            entry.served = None  # no request gets it any more
+            entry.stop.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return bool(tasks)
+
+    async def close(self) -> None:
+        """Free everything."""
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        for entry in self._entries.values():
+            entry.stop.set()
+        for task in tasks:
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

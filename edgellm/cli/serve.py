@@ -1,0 +1,163 @@
+"""``edgellm serve``: OpenAI-compatible HTTP over this device and those it finds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm.answer import LoadOptions
+from edgellm.api.announce import server_of
+from edgellm.cli import options as o
+from edgellm.cli.asked import HowLoaded, Reaching
+from edgellm.cli.clusters import open_cluster
+from edgellm.cli.output import emit, run, tell
+from edgellm.cli.progress import shown_progress
+from edgellm.cli.spread import spread
+from edgellm.client import Cluster, LoadedModel
+from edgellm.errors import EdgeError, UsageError
+from edgellm.modelref import STUB_PREFIX, demo_model, model_library
+
+_NEEDED = ("starlette", "uvicorn", "prometheus_client", "h11", "anyio")
+DEFAULT_PARALLEL = 4
+DEFAULT_QUEUE = 64
+
+
+if TYPE_CHECKING:
+    from edgellm.api.service import Service, ServiceSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http:
+    """Where and to whom."""
+
+    host: o.HttpHost = "127.0.0.1"
+    port: o.HttpPort = 8080
+    api_key: o.ApiKey = None
+    allow_origin: o.AllowedOrigins = None
+    queue: o.Queue = DEFAULT_QUEUE
+    deadline: o.Deadline = 600.0
+
+
+@spread
+def serve(
+    http: Http,
+    loaded: HowLoaded,
+    reaching: Reaching,
+    model: o.ServedModels = None,
+    parallel: o.Parallel = DEFAULT_PARALLEL,
+    as_json: o.Json = False,
+) -> None:
+    """Serve models over OpenAI's HTTP interface until stopped with Ctrl-C."""
+
+    async def work() -> None:
+        _require_extra()
+        from edgellm.api.service import ServiceSettings, service  # noqa: PLC0415 - of the extra
+
+        options = replace(
+            loaded.options(), sequences=parallel, waiting=http.queue + parallel, grammars=True
+        )
+        local = reaching.settings(loaded.threads)
+        named = named_models(model or [demo_model()])
+        settings = ServiceSettings(
+            home=local.home,
+            host=http.host,
+            port=http.port,
+            key=http.api_key,
+            origins=tuple(http.allow_origin or ()),
+            queue=http.queue,
+            deadline_s=http.deadline,
+        )
+        await _refuse_twice(loaded, next(iter(named.values())), local.home)
+        async with open_cluster(reaching, local) as cluster:
+            loader = _loader(cluster, loaded, options)
+            async with service(settings, loader, named, library_models, cluster) as running:
+                await _announce(running, next(iter(named)), settings, as_json)
+                await asyncio.Event().wait()
+
+    run(work, as_json)
+
+
+def _require_extra() -> None:
+    """Raises UsageError where the packages of the extra are not installed."""
+    try:
+        import edgellm.api.service  # noqa: PLC0415, F401 - whether it can be imported is the question
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _NEEDED:
+            raise
+        raise UsageError(
+            f"serving needs the package {error.name}, which is not installed.",
+            hint="Install it: pip install 'edgellm[serve]'.",
+        ) from error
+
+
+async def _refuse_twice(loaded: HowLoaded, reference: str, home: Path) -> None:
+    """Raises UsageError where this device serves the model already: no second copy is loaded."""
+    server = await asyncio.to_thread(server_of, home)
+    running = {} if server is None else await server.loaded()
+    if server is not None and running:
+        name = running.get((await loaded.opened(reference)).digest)
+        if name is not None:
+            raise UsageError(
+                f"this device serves {name} already, at {server.url}/v1.",
+                hint="Use that, or give this one a --home of its own.",
+            )
+
+
+def named_models(references: list[str]) -> dict[str, str]:
+    """What was named on the command line, by the name that clients know it by."""
+    named: dict[str, str] = {}
+    for reference in references:
+        path = Path(reference)
+        name = reference
+        if not reference.startswith(STUB_PREFIX) and path.exists():
+            name = path.resolve().stem if path.is_file() else path.resolve().name
+        found, number = name, 2
+        while found in named:
+            found, number = f"{name}-{number}", number + 1
+        named[found] = reference
+    return named
+
+
+def library_models() -> Mapping[str, str]:
+    """The models of this device's library; empty where it cannot be read now."""
+    with contextlib.suppress(EdgeError, OSError):
+        return {held.name: held.name for held in model_library().all()}
+    return {}
+
+
+def _loader(cluster: Cluster, loaded: HowLoaded, options: LoadOptions) -> Any:
+    @contextlib.asynccontextmanager
+    async def load(reference: str) -> AsyncIterator[LoadedModel]:
+        opened = await loaded.opened(reference)
+        async with contextlib.AsyncExitStack() as stack:
+            with shown_progress() as progress:
+                model = await stack.enter_async_context(
+                    cluster.load(opened, options, progress=progress, told=tell)
+                )
+            plan = model.plan
+            where = ", ".join(
+                f"{stage.device}: layers {stage.span.first} to {stage.span.end - 1}"
+                for stage in plan.stages
+            )
+            tell(f"{opened.name} is loaded ({model.load_s:.1f} s): {where}.")
+            yield model
+
+    return load
+
+
+async def _announce(running: Service, first: str, settings: ServiceSettings, as_json: bool) -> None:
+    """Say where it is, and load the first model."""
+    tell(f"Serving at {running.url}/v1. Stop with Ctrl-C.")
+    if running.key_made:
+        tell(f"Clients need this key; it is kept in {settings.home / 'api-key'}:")
+        tell(f"  {running.key}")
+    elif running.key is not None and settings.key is None:
+        tell(f"Clients need the key in {settings.home / 'api-key'}.")
+    await running.models.load(first)
+    if as_json:
+        names = [entry.name for entry in running.models.entries()]
+        emit({"url": f"{running.url}/v1", "models": names, "key_made": running.key_made})

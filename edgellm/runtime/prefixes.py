@@ -1,0 +1,195 @@
+"""Prefixes that are used again: what ``scheduler.prefixes`` decides, as messages to the stages.
+
+One for each pipeline. The messages go the way of the rows, and may overtake some: so only what the
+last stage has answered for is used again, which every stage has computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol, TypeAlias
+
+from edgellm.scheduler.admission import pages_of
+from edgellm.scheduler.generation import Generation
+from edgellm.scheduler.kvpages import Ending, PageFigures
+from edgellm.scheduler.prefixes import PrefixTable
+from edgellm.types import Mode, Plan, Reuse
+from edgellm.wire.care import KeepSequence, Reusing, SequenceSpilled, ShareSequence, SpillSequence
+from edgellm.wire.messages import CloseSequence
+
+Word: TypeAlias = CloseSequence | Reusing
+"""What all stages are told of a sequence."""
+ABILITY = "reuse"
+"""What ``StageReady`` calls what a stage can do for it: a number of ``Reuse``."""
+
+
+class Sharer(Protocol):
+    """What is asked of a request: ``runtime.requests.Running``."""
+
+    sequence: int
+    generation: Generation
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it may begin with what others have computed."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether others may begin with what it has computed, once it has ended."""
+
+
+def least_able(abilities: Iterable[float | None]) -> Reuse | None:
+    """What all stages can do; None where one of them can do nothing, or does not say."""
+    least = Reuse.SHARE
+    for ability in abilities:
+        if ability is None:
+            return None
+        least = min(least, Reuse(min(int(ability), Reuse.SHARE)))
+    return least
+
+
+class Prefixes:
+    """See the module."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        send: Callable[[Word], None],
+        able: Callable[[], Reuse | None],
+    ) -> None:
+        """``send`` is the way to the first stage; ``able`` says what the stages can do, once they
+        are loaded."""
+        self._plan = plan
+        self._send = send
+        self._able = able
+        self._made: PrefixTable | None = None
+        self._running: dict[int, Sharer] = {}
+        self._unproven: set[int] = set()
+        """Sequences that begin with another one's tokens, and no answer has come of that yet."""
+        self._stored: dict[int, dict[int, SequenceSpilled]] = {}
+        """What stages say of sequences that go to their disks, until all have."""
+
+    @property
+    def _table(self) -> PrefixTable | None:
+        if self._made is None and (reuse := self._able()) is not None:
+            settings = self._plan.settings
+            exact = settings.mode is Mode.REFERENCE
+            self._made = PrefixTable(
+                slots=settings.sequences,
+                reuse=reuse,
+                exact=exact,
+                # A plan is about one model, loaded in one way: its number stands for both.
+                seed=str(self._plan.epoch).encode(),
+                spill_bytes=settings.spill_bytes,
+                idle_pages=pages_of(settings.context) if reuse is Reuse.SHARE else 0,
+            )
+        return self._made
+
+    def retained(self) -> Collection[int]:
+        """Sequences that have ended and are kept, or on disks."""
+        return () if self._made is None else set(self._made) - self._running.keys()
+
+    def figures(self) -> PageFigures:
+        """The pages that the stages hold now, and what became of others."""
+        if self._made is None:
+            return PageFigures()
+        self._grow(self._made)
+        return self._made.figures()
+
+    def open(self, running: Sharer, held: int = 0) -> int:
+        """Make room for a sequence, of which the stages hold ``held`` tokens, and have them begin
+        it with what others have computed. Returns how many tokens that is; ``OpenSequence`` is to
+        follow."""
+        table = self._table
+        if table is None:
+            return 0
+        self._grow(table)
+        generation, sequence = running.generation, running.sequence
+        admission = table.open(
+            sequence,
+            generation.tokens,
+            prompted=generation.prompt_length,
+            chunk=generation.chunk,
+            held=held,
+            reusing=running.reuses,
+        )
+        self._running[sequence] = running
+        self._give_way(Ending(admission.closed, admission.spilled))
+        if admission.reused:
+            self._unproven.add(sequence)
+            epoch, source = self._plan.epoch, admission.source
+            self._send(ShareSequence(epoch, sequence, source, admission.reused, admission.moved))
+        return admission.reused
+
+    def _grow(self, table: PrefixTable) -> None:
+        for sequence, running in self._running.items():
+            table.grow(sequence, running.generation.acknowledged)
+
+    def proved(self, sequence: int) -> None:
+        """All stages have computed something of a sequence."""
+        self._unproven.discard(sequence)
+
+    def doubted(self, sequence: int) -> bool:
+        """Whether a sequence that failed may have failed for what it was to begin with."""
+        return sequence in self._unproven
+
+    def close(self, running: Sharer) -> None:
+        """A sequence has ended: it is kept for others, or freed everywhere."""
+        sequence = running.sequence
+        self._running.pop(sequence, None)
+        if self._made is None or sequence not in self._made:
+            self._close(sequence)
+            return
+        generation = running.generation
+        keeps = running.leaves and sequence not in self._unproven
+        if keeps and self._able() is Reuse.END:
+            keeps = not generation.in_flight  # else it ends somewhere else, nobody knows where
+        self._unproven.discard(sequence)
+        if not keeps:
+            self._made.drop(sequence)
+            self._close(sequence)
+            return
+        self._made.grow(sequence, generation.acknowledged)
+        ending = self._made.retain(sequence)
+        if sequence not in ending.closed:
+            self._send(KeepSequence(self._plan.epoch, sequence))
+        self._give_way(ending)
+
+    def leave_room(self, pages: int) -> None:
+        """Have sequences that have ended hold no more than so many pages in the stages' memory: the
+        ones that were used the longest time ago give way."""
+        if self._made is not None:
+            self._grow(self._made)
+            self._give_way(self._made.limit(max(0, pages)))
+
+    def _give_way(self, ending: Ending) -> None:
+        for each in ending.closed:
+            self._close(each)
+        for sequence in ending.spilled:
+            self._stored[sequence] = {}
+            self._send(SpillSequence(self._plan.epoch, sequence))
+
+    def spilled(self, message: SequenceSpilled) -> None:
+        """A stage has put a sequence on its disk."""
+        told = self._stored.get(message.sequence)
+        if told is None or self._made is None:
+            return
+        told[message.index] = message
+        if len(told) == len(self._plan.stages):
+            del self._stored[message.sequence]
+            self._made.stored(
+                message.sequence,
+                max(each.stored_bytes for each in told.values()),
+                max(each.stored_s for each in told.values()),
+                max(each.prefill_token_s for each in told.values()),
+            )
+
+    def lost(self, sequence: int) -> None:
+        """A stage does not hold a sequence any more that had ended."""
+        if self._made is not None and sequence in self._made and sequence not in self._running:
+            self._made.drop(sequence)
+            self._close(sequence)
+
+    def _close(self, sequence: int) -> None:
+        self._stored.pop(sequence, None)
+        self._send(CloseSequence(self._plan.epoch, sequence))

@@ -1,0 +1,34 @@
+// Starts the page: the live picture from /v1/cluster's events, and the chat.
+
+import { startChat } from "./chat.js";
+import { lost, note, show } from "./cluster.js";
+import { events, request } from "./http.js";
+import { read } from "./told.js";
+
+const AGAIN_MS = 2000;
+
+async function watch() {
+  for (;;) {
+    try {
+      const response = await request("v1/cluster", { accept: "text/event-stream" });
+      for await (const data of events(response)) show(read(JSON.parse(data)));
+    } catch (error) {
+      if (error.status) note(error.message);
+    }
+    lost();
+    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+  }
+}
+
+async function begin() {
+  for (;;) {
+    try {
+      return await startChat();
+    } catch {
+      await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
+    }
+  }
+}
+
+watch();
+begin();
