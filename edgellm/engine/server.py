@@ -8,14 +8,13 @@ else of the stage.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from edgellm.engine.base import Float32, StageConfig, StageEngine
 from edgellm.engine.outcome import Outcome
+from edgellm.engine.ownprocess import pin_to, resident_peak
 from edgellm.engine.runner import SamplerFactory, StageRunner
 from edgellm.errors import EdgeError, LocalProtocolError, StageError
 from edgellm.types import Activations, LayerSpan
@@ -144,7 +143,7 @@ class StageServer:
         if config.engine not in self._engines:
             raise StageError(f"there is no engine named {config.engine!r} on this device.")
         if config.settings.pin:
-            _pin(config.settings.pin)
+            pin_to(config.settings.pin)
         make_engine, make_sampler = self._engines[config.engine]
         self._runner = StageRunner(make_engine(config), config, make_sampler)
         self._config = config
@@ -324,22 +323,6 @@ class StageServer:
         )
 
 
-def resident_peak() -> int:
-    """Peak resident bytes of this process so far.
-
-    From /proc where there is one: ``ru_maxrss`` also counts the parent's memory before exec.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import psutil  # noqa: PLC0415 - only where there is no /proc
-
-    return int(psutil.Process().memory_info().rss)
-
-
 def _check_shape(engine: StageEngine, config: StageConfig) -> None:
     if engine.width != config.width:
         raise StageError(f"the shard is {engine.width} wide, the plan says {config.width}.")
@@ -361,17 +344,6 @@ def _check_origin(page: KvPage, config: StageConfig) -> None:
         )
     if hashlib.sha256(page.payload).hexdigest() != page.digest:
         raise StageError(f"KV page {page.index} is not what its digest says.")
-
-
-def _pin(processors: tuple[int, ...]) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, processors)
-        except OSError as error:
-            raise StageError(
-                f"the stage process cannot be pinned to processors {list(processors)}.",
-                hint="Leave --pin out, or name processors that this device has.",
-            ) from error
 
 
 def stage_config_to(config: StageConfig, epoch: int, index: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from edgellm.engine.base import SlotRow, StageConfig
 from edgellm.engine.childmessages import Answer, answer_calls
 from edgellm.engine.childside import open_channel
 from edgellm.engine.llama import LlamaEngine
-from edgellm.engine.server import resident_peak
+from edgellm.engine.ownprocess import resident_peak
 from edgellm.errors import StageError
 from edgellm.probe.limits import processor_share
 from edgellm.probe.synthetic import BlockShape, write_block
