@@ -223,7 +223,9 @@ messages: st.SearchStrategy[m.Message] = st.one_of(
         care.SequenceSpilled, ints, st.integers(0, 9), small, ints, st.floats(0, 9), st.floats(0, 9)
     ),
     st.builds(
-        lambda epoch, ends, position, moved: care.ShareSequence(epoch, *ends, position, moved),
+        lambda epoch, ends, position, moved: care.ShareSequence(
+            epoch, ends[0], ends[1], position, moved
+        ),
         ints,
         st.lists(small, min_size=2, max_size=2, unique=True),
         st.integers(1, 9),
