@@ -231,10 +231,10 @@ async def connect(make: Callable[[], _Made], host: str, port: int) -> _Made:
     where = shown((host, port))
     if not 0 < port < _PORTS:
         raise PeerLostError(f"cannot connect to {where}: no such port.")
-    # Another loop than asyncio's own (uvloop) tries one address after the other.
-    more: dict[str, Any] = (
-        {"happy_eyeballs_delay": _FAMILY_DELAY_S} if isinstance(loop, asyncio.BaseEventLoop) else {}
-    )
+    # Another loop than asyncio's own (uvloop) tries one address after the other. A single address
+    # has nothing to race for, and a race that is cancelled as it is won leaves a socket open.
+    races = isinstance(loop, asyncio.BaseEventLoop) and not _is_address(host)
+    more: dict[str, Any] = {"happy_eyeballs_delay": _FAMILY_DELAY_S} if races else {}
     try:
         _, made = await loop.create_connection(make, host, port, **more)
     except TimeoutError:
@@ -242,6 +242,15 @@ async def connect(make: Callable[[], _Made], host: str, port: int) -> _Made:
     except (OSError, UnicodeError) as error:
         raise PeerLostError(f"cannot connect to {where}: {_reason(error)}.") from error
     return made
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is an address, and no name."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 async def serve(make: Callable[[], asyncio.Protocol], host: str, port: int) -> asyncio.Server:

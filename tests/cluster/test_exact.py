@@ -85,7 +85,13 @@ def split(stages: int, layers: int) -> str:
 
 @pytest.mark.parametrize(
     ("file", "layers", "stages"),
-    [(STORIES, 5, 1), (STORIES, 5, 2), (STORIES, 5, 3), (STORIES, 5, 5), (TINY, 2, 2)],
+    [
+        pytest.param(STORIES, 5, 1, marks=pytest.mark.slow),
+        (STORIES, 5, 2),
+        pytest.param(STORIES, 5, 3, marks=pytest.mark.slow),
+        (STORIES, 5, 5),
+        (TINY, 2, 2),
+    ],
 )
 async def test_reference_mode_is_bit_identical_to_the_whole_model(
     shared_models: Path, start_cluster: StartCluster, file: str, layers: int, stages: int

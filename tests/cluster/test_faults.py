@@ -59,7 +59,10 @@ LOADED_S = 2.0
 
 def greedy(count: int) -> GenerateOptions:
     sampler = SamplerSettings(temperature=0.0)
-    return GenerateOptions(max_tokens=count, sampler=sampler, raw=True, ignore_eos=True)
+    # The same prompt again is to be computed again.
+    return GenerateOptions(
+        max_tokens=count, sampler=sampler, raw=True, ignore_eos=True, reuse=False
+    )
 
 
 # --- a device that stops, and one that goes in the middle of a prompt --------------------

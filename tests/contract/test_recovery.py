@@ -35,6 +35,8 @@ from tests.inline import COORDINATOR, InlineCluster, inline_cluster, stub_answer
 COUNT = 12
 EXPECTED = stub_answer(PROMPT, LAYERS, COUNT)
 SPLIT = SPLITS[4]
+EXACT_OR_SLOW = [True, pytest.param(False, marks=pytest.mark.slow)]
+"""Normal mode recovers by the same steps, in larger ones: it has its turn with the slow tests."""
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +90,7 @@ def at(count: int, action: Callable[[], object]) -> Callable[[int], object]:
 
 
 @pytest.mark.parametrize("device", ["a", "b", "c"])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", EXACT_OR_SLOW)
 async def test_a_loss_at_any_token_changes_nothing(
     tmp_path: Path, device: str, exact: bool
 ) -> None:
@@ -189,7 +191,7 @@ def computed(cluster: InlineCluster, device: str) -> int:
 
 
 @pytest.mark.parametrize("device", ["a", "b", "c"])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", EXACT_OR_SLOW)
 async def test_a_spare_device_takes_the_lost_layers_and_the_others_keep_theirs(
     tmp_path: Path, device: str, exact: bool
 ) -> None:
