@@ -4,7 +4,8 @@
 shapes that all layers take from the first one. ``grouped``: onnxruntime's own operators, two
 outputs of each norm (onnxruntime-genai's way), weights in a file beside the graph. ``half``: the
 same in float16, where two tensors cross. ``conv``: layers in turn of attention and of a short
-convolution with a state of its own.
+convolution with a state of its own. ``experts``: as ``grouped``, with four experts of 4 bits in each
+layer, of which a token takes two.
 
 Weights are large enough that earlier tokens matter to the bits of later ones.
 """
@@ -20,12 +21,13 @@ import pytest
 
 from tests.tinymodels import VOCABULARY, WIDTH
 
-KINDS = ("onnx-plain", "onnx-grouped", "onnx-half", "onnx-conv")
+KINDS = ("onnx-plain", "onnx-grouped", "onnx-half", "onnx-conv", "onnx-experts")
 LAYERS = 5
 HEAD = 16
 FEED_FORWARD = 96
 CONTEXT = 128
 CONV_STATE = 3
+EXPERTS = 4
 
 
 class _Writer:
@@ -98,6 +100,32 @@ class _Writer:
         return self.node(
             "MatMul", both, self.normal(f"{prefix}.down", self.feed_forward, self.width)
         )
+
+    def experts(self, prefix: str, x: str) -> str:
+        """Two of four experts for each token, their weights in 4 bits (``QMoE``)."""
+        router = self.normal(f"{prefix}.router", self.width, EXPERTS)
+        chances = self.node("MatMul", x, router)
+        flat = self.constant(f"{prefix}.flat", [-1, EXPERTS])
+        made = [x, self.node("Reshape", chances, flat)]
+        for name, rows, columns in (
+            ("up", 2 * self.feed_forward, self.width),
+            ("down", self.width, self.feed_forward),
+        ):
+            packed = self.random.integers(0, 256, (EXPERTS, rows, columns // 2))
+            made.append(self.constant(f"{prefix}.{name}", packed, np.uint8))
+            steps = self.random.uniform(0.5, 1.0, (EXPERTS, rows)) / np.sqrt(20.0 * columns)
+            made += [self.constant(f"{prefix}.{name}.scales", steps, self.type), ""]
+        self.many(
+            "QMoE",
+            made,
+            [f"{prefix}.mixed"],
+            k=2,
+            activation_type="swiglu",
+            swiglu_fusion=1,
+            normalize_routing_weights=1,
+            expert_weight_bits=4,
+        )
+        return f"{prefix}.mixed"
 
     def scale(self, name: str) -> str:
         return self.constant(name, 1 + 0.2 * self.random.standard_normal(self.width), self.type)
@@ -283,7 +311,7 @@ def _grouped(w: _Writer, x: str) -> None:
         )  # fmt: skip
         y = w.node("MatMul", f"{p}.picked", w.normal(f"{p}.o", w.heads * HEAD, w.width))
         residual, normed = _skip(w, f"{p}.ffn", residual, y)
-        y = w.feed(p, normed)
+        y = w.experts(p, normed) if w.kind == "onnx-experts" else w.feed(p, normed)
         following = "norm" if layer == w.layers - 1 else f"l{layer + 1}.attn"
         residual, normed = _skip(w, following, residual, y)
     w.node("MatMul", normed, w.normal("head", w.width, w.vocabulary), out="logits")
