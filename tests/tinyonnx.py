@@ -4,8 +4,8 @@
 shapes that all layers take from the first one. ``grouped``: onnxruntime's own operators, two
 outputs of each norm (onnxruntime-genai's way), weights in a file beside the graph. ``half``: the
 same in float16, where two tensors cross. ``conv``: layers in turn of attention and of a short
-convolution with a state of its own. ``experts``: as ``grouped``, with four experts of 4 bits in each
-layer, of which a token takes two.
+convolution with a state of its own. ``experts``: as ``grouped``, with four experts of 4 bits in
+each layer, of which a token takes two.
 
 Weights are large enough that earlier tokens matter to the bits of later ones.
 """
