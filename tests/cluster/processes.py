@@ -85,6 +85,7 @@ def finish(process: subprocess.Popen[str], within_s: float = HANG_S) -> Ended:
         out, err = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         end_tree(process.pid)
+        process.communicate()  # or a later test finds what is left of it
         raise
     return Ended(process.returncode, out, err)
 
