@@ -240,6 +240,7 @@ def stories(folder: Path, temp: Path, *arguments: str) -> dict[str, Any]:
     return ended.json
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_another_does_not(shared_models: Path, tmp_path: Path) -> None:
     warm = ("--temperature", "0.9", "--seed")
     first = stories(shared_models, tmp_path, *warm, "5")
@@ -247,6 +248,7 @@ def test_a_seed_repeats_and_another_does_not(shared_models: Path, tmp_path: Path
     assert stories(shared_models, tmp_path, *warm, "6")["tokens"] != first["tokens"]
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_the_text_before_it(shared_models: Path, tmp_path: Path) -> None:
     whole = stories(shared_models, tmp_path, "--temperature", "0")
     stop = whole["text"].split()[3]
@@ -256,6 +258,7 @@ def test_a_stop_string_ends_the_text_before_it(shared_models: Path, tmp_path: Pa
     assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])]
 
 
+@pytest.mark.slow
 def test_a_logit_bias_forbids_a_token(shared_models: Path, tmp_path: Path) -> None:
     whole = stories(shared_models, tmp_path, "--temperature", "0")
     forbidden = whole["tokens"][2]
@@ -266,6 +269,7 @@ def test_a_logit_bias_forbids_a_token(shared_models: Path, tmp_path: Path) -> No
     assert other["tokens"][:2] == whole["tokens"][:2]
 
 
+@pytest.mark.slow
 def test_ignore_eos_goes_on_past_the_end(shared_models: Path, tmp_path: Path) -> None:
     """Forced by a bias: the end of text is made at once."""
     end = ("--temperature", "0", "--logit-bias", "2=1000")
