@@ -262,7 +262,7 @@ class HostedStage:
         else:
             if self._lapses_at is None:  # the next one may have been lost meanwhile
                 figures = {**ready.figures, "total_s": time.perf_counter() - started}
-            self._say_ready(ready, figures)
+                self._say_ready(ready, figures)
 
     def _keep_for_now(self, error: EdgeError) -> None:
         """Of no use as it is; the coordinator may give it another part."""
