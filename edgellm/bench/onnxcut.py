@@ -92,9 +92,13 @@ async def measure_onnx_cut(
                 await _runs(child, pairs, found)
             finally:
                 await child.stop()
-        report = OnnxCutReport(ends, {name: tuple(steps) for name, steps in found.items()})
-        tell(f"onnx: load {number + 1} of {loads}, ratio {report.ratio('whole'):.3f}")
-    return report
+        ratio = _report(ends, found).ratio("whole")
+        tell(f"onnx: load {number + 1} of {loads}, ratio {ratio:.3f}")
+    return _report(ends, found)
+
+
+def _report(ends: tuple[int, ...], found: dict[str, list[float]]) -> OnnxCutReport:
+    return OnnxCutReport(ends, {name: tuple(steps) for name, steps in found.items()})
 
 
 async def _runs(child: ChildCaller, pairs: int, found: dict[str, list[float]]) -> None:
