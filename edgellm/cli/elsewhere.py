@@ -46,7 +46,8 @@ async def running_here(
     asked = any(
         getattr(loading, field.name) != getattr(usual, field.name) for field in fields(HowLoaded)
     )
-    if asked or answering.as_json or answering.stats or reaching.peer or not opened.digest:
+    special = answering.as_json or answering.stats or not answering.reuse
+    if asked or special or reaching.peer or not opened.digest:
         return None
     server = await asyncio.to_thread(server_of, home)
     if server is None:
@@ -89,7 +90,8 @@ class _Chat:
     def interrupt(self, chat: asyncio.Task[object] | None) -> None:
         """Ctrl-C: stop the answer, or, where a line is waited for, the chat."""
         if self._answering is not None:
-            self._answering.cancel()
+            if not self._answering.cancelling():  # a second one must not disturb the first's end
+                self._answering.cancel()
         elif self.reading and chat is not None and not chat.cancelling():
             chat.cancel()
 
