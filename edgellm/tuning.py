@@ -32,7 +32,8 @@ from edgellm.runtime.replans import Look, Replan
 from edgellm.scheduler.generation import prompt_chunk
 from edgellm.scheduler.recovery import StageCost, load_s
 from edgellm.store.digests import TensorDigests
-from edgellm.types import Activations, DeviceId, EngineSettings, LayerSpan, Plan
+from edgellm.types import DeviceId, EngineSettings, LayerSpan, Plan
+from edgellm.wire.tensors import rows_nbytes
 
 COORDINATOR = "the coordinator"
 MOST_TRIED = 12
@@ -204,9 +205,8 @@ class Tuning:
             trip_expected_s=link.round_trip_s,
         )
 
-    def _row_bytes(self, settings: EngineSettings) -> float:
-        wide = settings.activations is Activations.FLOAT32
-        return self._opened.width * 4.0 if wide else self._opened.width * 2.0 + 2.0
+    def _row_bytes(self, settings: EngineSettings) -> int:
+        return rows_nbytes(1, self._opened.width, settings.activations)
 
     def _whole(
         self, plan: Plan, told: Sequence[Compared], look: Look, situation: Situation

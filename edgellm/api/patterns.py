@@ -90,9 +90,7 @@ class _Reader:
             if character == "^" and not items and not depth and not begins:
                 self.at += 1
                 begins = True
-            elif (
-                character == "$" and not depth and self.text[self.at + 1 : self.at + 2] in ("", "|")
-            ):
+            elif character == "$" and not depth and self._ends_after():
                 self.at += 1
                 ends = True
             else:
@@ -105,7 +103,7 @@ class _Reader:
 
     def _repeated(self, atom: str) -> str:
         character = self._peek()
-        if character not in ("*", "+", "?", "{") or not character:
+        if character not in ("*", "+", "?", "{"):
             return atom
         self.at += 1
         if character == "{":
@@ -114,7 +112,7 @@ class _Reader:
             low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}[character]
         if self._peek() == "?":  # lazy: what matches is the same
             self.at += 1
-        elif self._peek() in ("*", "+", "{") and self._peek():
+        elif self._peek() in ("*", "+", "{"):
             raise self.refused()
         if high is not None and high < low:
             raise self.refused()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import ipaddress
 import os
 import secrets
 from collections.abc import Iterable
@@ -100,15 +99,6 @@ def _name_of(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.rpartition(":")[0].casefold() if host.count(":") == 1 else host.casefold()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server on this address is reached by this machine alone."""
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def check_origin(origin: str) -> str:

@@ -13,10 +13,11 @@ from edgellm.api.app import MAX_BODY_BYTES, Api
 from edgellm.api.live import Live
 from edgellm.api.models import Loader, Models
 from edgellm.api.page import PAGE_PATHS, page_routes
-from edgellm.api.security import OPEN_PATHS, Rules, check_key, check_origin, is_loopback, kept_key
+from edgellm.api.security import OPEN_PATHS, Rules, check_key, check_origin, kept_key
 from edgellm.api.server import listen, serving
 from edgellm.api.sse import KEEP_ALIVE_S
 from edgellm.client import Cluster
+from edgellm.discovery.addresses import is_loopback
 
 
 @dataclass(frozen=True, slots=True)

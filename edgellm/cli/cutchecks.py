@@ -220,7 +220,7 @@ async def _cut(
     pairs = list(zip(got, whole.logits, strict=True))
     return CutResult(
         boundary=boundary,
-        equal=all(np.array_equal(mine, theirs) for mine, theirs in pairs),
+        equal=all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs),
         difference=max(float(np.abs(mine - theirs).max()) for mine, theirs in pairs),
         control=told["control"] != whole.logits[0].tobytes(),
         seconds=round(time.perf_counter() - started, 3),

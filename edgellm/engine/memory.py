@@ -1,7 +1,7 @@
 """What a stage holds of sequences: their slots, and how memory comes, goes, stays and is shared.
 
-No rows are computed here, nothing is sampled: that is ``runner.py``. No I/O and no native code; the
-engine is handed in.
+No rows are computed here, nothing is sampled: that is ``runner.py``. No native code, and no I/O but
+that of ``spill.py``; the engine is handed in.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is the same for every engine: steps of rows, positions, sampling, figures.
 
-No I/O and no native code here; the engine is handed in. A step's rows are checked against what
-this stage has seen: a repeated row is dropped without harm, a gap is that sequence's error, and
-a row of a sequence that is not open (cancelled a moment ago) is dropped.
+No I/O of its own and no native code here; the engine is handed in. A step's rows are checked
+against what this stage has seen: a repeated row is dropped without harm, a gap is that sequence's
+error, and a row of a sequence that is not open (cancelled a moment ago) is dropped.
 """
 
 from __future__ import annotations

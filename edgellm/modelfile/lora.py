@@ -40,7 +40,6 @@ _ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
 _A, _B = ".lora_a", ".lora_b"
 _IGNORED = "_norm.weight"
-_HASH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,11 +309,8 @@ def _problem(pair: Pair, base: tuple[int, ...] | None, tied: bool) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            while piece := file.read(_HASH_BYTES):
-                digest.update(piece)
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(f"adapter {path} cannot be read: {error}.") from error
-    return digest.hexdigest()

@@ -87,7 +87,7 @@ def layer_weights(model: Model) -> list[LayerWeights | None]:
 
 def _summed(tensors: list[tuple[str, TensorSource]], experts: int, used: int) -> LayerWeights:
     active_bytes = active_elements = 0
-    by_kind: dict[str, tuple[int, int]] = {}
+    kinds: list[KindWork] = []
     for name, source in tensors:
         shape, nbytes = source.info.shape, source.info.nbytes
         elements = math.prod(shape) if len(shape) > 1 else 0
@@ -95,12 +95,10 @@ def _summed(tensors: list[tuple[str, TensorSource]], experts: int, used: int) ->
             nbytes, elements = nbytes * used // experts, elements * used // experts
         active_bytes += nbytes
         active_elements += elements
-        kind = source.info.type.name
-        read, counted = by_kind.get(kind, (0, 0))
-        by_kind[kind] = read + nbytes, counted + elements
+        kinds.append(KindWork(source.info.type.name, nbytes, elements))
     sizes = [source.info.nbytes for _, source in tensors]
-    kinds = tuple(KindWork(kind, *by_kind[kind]) for kind in sorted(by_kind))
-    return LayerWeights(sum(sizes), max(sizes), active_bytes, active_elements, kinds)
+    summed = summed_kinds((tuple(kinds),))
+    return LayerWeights(sum(sizes), max(sizes), active_bytes, active_elements, summed)
 
 
 def summed_kinds(layers: Iterable[tuple[KindWork, ...]]) -> tuple[KindWork, ...]:

@@ -122,7 +122,7 @@ is used is measured before the next plan."""
 
 HERE = Link(round_trip_s=0.0, bytes_per_s=math.inf)
 """Between the coordinator and a stage on its own device: what that costs is in a stage's
-``HANDLING_S``."""
+``handling_s``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,11 +30,11 @@ class Groups:
 
 def groups_of(controller: str, root: Path = ROOT) -> Groups | None:
     """The group of this process under ``cpu`` or ``memory``; None where the system has none."""
-    own = _own_groups(root)
-    for point, kind, options in _mounts(root):
+    own, mounts = _own_groups(root), list(_mounts(root))
+    for point, kind, options in mounts:
         if kind == "cgroup" and controller in options and controller in own:
             return Groups(1, _upwards(point, own[controller]))
-    for point, kind, _ in _mounts(root):
+    for point, kind, _ in mounts:
         if kind == "cgroup2" and "" in own:
             folders = _upwards(point, own[""])
             if controller in (_text(folders[0] / "cgroup.controllers") or "").split():

@@ -152,7 +152,7 @@ class Admission:
             for other in self._waiting.values():
                 other.overtaken += other.number < first.number
             first.pages = pages_of(first.tokens) if self._pages else 0
-            first.since, first.preempted, first.overtaken = now, False, first.overtaken
+            first.since, first.preempted = now, False
             self._running[first.number] = first
             effects.append(Admit(first.number))
         return effects

@@ -57,10 +57,11 @@ class _Entry:
 
 
 class PrefixTable:
-    """See the module. ``slots`` is how many sequences the stages hold at most; each slot has room
-    for a whole context, so that cells never run short while there is a slot. ``spill_bytes`` is
-    what each stage may put on its disk. Ended sequences keep at most ``idle_pages`` for themselves
-    (0: all): in a shared cache every step looks past the cells of all others."""
+    """See the module. ``slots`` is how many sequences the stages hold at most; where they share
+    fewer cells than a context for each, ``limit`` is to be called as cells run short.
+    ``spill_bytes`` is what each stage may put on its disk. Ended sequences keep at most
+    ``idle_pages`` for themselves (0: all): in a shared cache every step looks past the cells of all
+    others."""
 
     def __init__(
         self,
@@ -156,9 +157,10 @@ class PrefixTable:
         if entry is None or held <= entry.held:
             return
         entry.held = held
-        for name in page_names(self._seed, entry.tokens[:held], entry.names):
-            entry.names.append(name)
-            self._holders.setdefault(name, {})[sequence] = None
+        if held // PAGE_TOKENS > len(entry.names):  # else there is nothing to name: most tokens
+            for name in page_names(self._seed, entry.tokens[:held], entry.names):
+                entry.names.append(name)
+                self._holders.setdefault(name, {})[sequence] = None
         while len(entry.pages) * PAGE_TOKENS < held:
             self._take_page(entry, next(self._new_page))
 

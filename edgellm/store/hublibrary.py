@@ -200,7 +200,8 @@ class Library:
                     return self._part(file, commit, begin, length)
             except _TryAgain as error:
                 problem = error.problem
-            cancel.wait(RETRY_AFTER_S * 2**tries)
+            if tries + 1 < PART_RETRIES:
+                cancel.wait(RETRY_AFTER_S * 2**tries)
         raise problem
 
     def _part(self, file: HubName, commit: str, begin: int, length: int) -> bytes:

@@ -233,7 +233,7 @@ async def connect(make: Callable[[], _Made], host: str, port: int) -> _Made:
         raise PeerLostError(f"cannot connect to {where}: no such port.")
     # Another loop than asyncio's own (uvloop) tries one address after the other. A single address
     # has nothing to race for, and a race that is cancelled as it is won leaves a socket open.
-    races = isinstance(loop, asyncio.BaseEventLoop) and not _is_address(host)
+    races = isinstance(loop, asyncio.BaseEventLoop) and _ip(host) is None
     more: dict[str, Any] = {"happy_eyeballs_delay": _FAMILY_DELAY_S} if races else {}
     try:
         _, made = await loop.create_connection(make, host, port, **more)
@@ -244,13 +244,12 @@ async def connect(make: Callable[[], _Made], host: str, port: int) -> _Made:
     return made
 
 
-def _is_address(host: str) -> bool:
-    """Whether it is an address, and no name."""
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, without its scope; None for a name."""
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
-    return True
+        return None
 
 
 async def serve(make: Callable[[], asyncio.Protocol], host: str, port: int) -> asyncio.Server:
@@ -290,10 +289,8 @@ def shown(address: object) -> str:
 def _is_loopback(address: object) -> bool:
     if not isinstance(address, tuple) or not address:
         return False
-    try:
-        return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+    ip = _ip(str(address[0]))
+    return ip is not None and ip.is_loopback
 
 
 def _reason(error: BaseException) -> str:

@@ -13,9 +13,10 @@ import pytest
 from edgellm.api.errors import ApiError, of_edge
 from edgellm.api.gate import Gate
 from edgellm.api.models import Models
-from edgellm.api.security import Rules, check_key, check_origin, is_loopback, kept_key
+from edgellm.api.security import Rules, check_key, check_origin, kept_key
 from edgellm.api.served import Served
 from edgellm.api.sse import MOST_PENDING_BYTES, EventStream, Outbox, event
+from edgellm.discovery.addresses import is_loopback
 from edgellm.errors import (
     BusyError,
     DeadlineError,

@@ -1,6 +1,6 @@
 // Starts the page: the live picture from /v1/cluster's events, and the chat.
 
-import { startChat } from "./chat.js";
+import { showModels, startChat } from "./chat.js";
 import { lost, note, show } from "./cluster.js";
 import { events, request } from "./http.js";
 import { read } from "./told.js";
@@ -20,15 +20,16 @@ async function watch() {
   }
 }
 
-async function begin() {
+async function nameModels() {
   for (;;) {
     try {
-      return await startChat();
+      return await showModels();
     } catch {
       await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
     }
   }
 }
 
+startChat();
+nameModels();
 watch();
-begin();

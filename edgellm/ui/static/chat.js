@@ -94,7 +94,7 @@ async function ask(question) {
   }
 }
 
-async function models() {
+export async function showModels() {
   const told = await (await request("v1/models")).json();
   const list = byId("model");
   const chosen = list.value;
@@ -124,5 +124,4 @@ export function startChat() {
     byId("messages").replaceChildren();
     question.focus();
   });
-  return models();
 }
